@@ -1,0 +1,46 @@
+"""Back Razor for Hugging Face models: the forward pass exact, the saved activations small."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+__version__ = "0.1.0.dev0"
+
+# Public name -> the module it lives in. Imported on first use: `import hf_backrazor` does not pay for Transformers.
+_EXPORTS = {
+    "MemoryReport": "report",
+    "RazorConfig": "config",
+    "RazorModel": "model",
+    "SavedBytes": "report",
+    "get_razor_model": "model",
+    "measure_saved_bytes": "report",
+}
+
+if TYPE_CHECKING:
+    from .config import RazorConfig
+    from .model import RazorModel, get_razor_model
+    from .report import MemoryReport, SavedBytes, measure_saved_bytes
+
+__all__ = [
+    "MemoryReport",
+    "RazorConfig",
+    "RazorModel",
+    "SavedBytes",
+    "__version__",
+    "get_razor_model",
+    "measure_saved_bytes",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,22 @@
+"""One autograd function for each operator: the forward of the dense operator, and what it saves for backward packed.
+
+Knows nothing of modules or models. None of these functions can be differentiated twice.
+"""
+
+from .activation import ActivationRule, activation
+from .attention import recomputed_attention, sparse_attention
+from .dropout import dropout
+from .linear import linear
+from .norm import layer_norm, rms_norm
+
+
+__all__ = [
+    "ActivationRule",
+    "activation",
+    "dropout",
+    "layer_norm",
+    "linear",
+    "recomputed_attention",
+    "rms_norm",
+    "sparse_attention",
+]

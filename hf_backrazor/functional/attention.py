@@ -1,0 +1,204 @@
+"""Attention: q, k and v packed, and the probabilities either recomputed from them or packed as well.
+
+Neither form depends on how the forward is computed: the caller brings the attention function, whose output is
+returned as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from ..packing import Packed, PackSpec, pack
+from .precision import current_autocast
+from .rng import get_rng_state, replayed_rng
+
+
+def recomputed_attention(
+    attend: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    others: Sequence[Tensor],
+    spec: PackSpec,
+    random: bool,
+) -> Tensor:
+    """Attention that saves packed q, k, v and runs `attend` again in backward.
+
+    Memory is linear in sequence length (as far as the `others` are). The gradient is exactly that of `attend` at the
+    unpacked q, k, v, for the dropout mask that the forward drew.
+
+    Args:
+        attend: `attend(query, key, value, *others)` gives the output.
+        query, key, value: float, `(batch, heads, length, head_dim)`.
+        others: all other tensors that `attend` depends on (masks, position biases, sinks). Saved as they are; those
+            that require a gradient get one.
+        spec: how q, k and v are packed.
+        random: `attend` draws random numbers.
+
+    Returns:
+        What `attend` returns.
+    """
+    return _RecomputedAttention.apply(attend, spec, random, query, key, value, *others)
+
+
+class _RecomputedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        attend: Callable[..., Tensor],
+        spec: PackSpec,
+        random: bool,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *others: Tensor,
+    ) -> Tensor:
+        packed = [pack(x, spec) for x in (query, key, value)]
+        rng = [get_rng_state(query.device)] if random else []
+        ctx.attend, ctx.random = attend, random
+        ctx.autocast = current_autocast(query.device.type)
+        ctx.layouts = [(p.layout, len(p.parts)) for p in packed]
+        ctx.save_for_backward(*rng, *others, *(part for p in packed for part in p.parts))
+        ctx.others = len(others)
+        return attend(query, key, value, *others)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        saved = list(ctx.saved_tensors)
+        rng = saved.pop(0) if ctx.random else None
+        others, saved = saved[: ctx.others], saved[ctx.others :]
+        inputs = _unpack_all(ctx.layouts, saved) + [x.detach() for x in others]
+        for x, needed in zip(inputs, ctx.needs_input_grad[3:], strict=True):
+            x.requires_grad_(needed)
+        with torch.enable_grad(), ctx.autocast, replayed_rng(grad_output.device, rng):
+            output = ctx.attend(*inputs)
+        wanted = [x for x in inputs if x.requires_grad]
+        grads = iter(torch.autograd.grad(output, wanted, grad_output, allow_unused=True))
+        return None, None, None, *(next(grads) if x.requires_grad else None for x in inputs)
+
+
+def sparse_attention(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    is_causal: bool,
+    dropout_p: float,
+    spec: PackSpec,
+) -> Tensor:
+    """Attention as the paper saves it: the probabilities, q, k and v, each packed.
+
+    With P the packed probabilities, D the dropout mask over its keeping probability, and dO the output's gradient:
+    dV = (P D)^T dO, dP = (dO V^T) D, dS = P (dP - sum(dP P)), dQ = scaling dS K, dK = scaling dS^T Q. D is drawn
+    again from the generator's state. Probabilities are computed once more to be packed where `attend` does not show
+    them, so this form costs time as well as memory quadratic in sequence length; it is here for fidelity to the paper.
+
+    Args:
+        attend: `attend(query, key, value)` gives the output `(batch, length, heads, head_dim)`. Its dropout must be
+            one call of `torch.nn.functional.dropout` on the probabilities, as it is in eager attention and in SDPA's
+            math path.
+        query: float, `(batch, heads, length, head_dim)`.
+        key, value: float, `(batch, kv_heads, kv_length, head_dim)`, with `heads` a multiple of `kv_heads`.
+        mask: bool (true: attend) or float (added), broadcastable to `(batch, heads, length, kv_length)`, or None.
+        scaling: of the scores.
+        is_causal: no attention to later positions.
+        dropout_p: probability that `attend` drops a probability with.
+        spec: how all four are packed.
+    """
+    return _SparseAttention.apply(attend, query, key, value, mask, scaling, is_causal, dropout_p, spec)
+
+
+class _SparseAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        is_causal: bool,
+        dropout_p: float,
+        spec: PackSpec,
+    ) -> Tensor:
+        rng = [get_rng_state(query.device)] if dropout_p else []
+        ctx.groups = query.shape[1] // key.shape[1]
+        probabilities = _probabilities(query, _repeat_heads(key, ctx.groups), mask, scaling, is_causal)
+        packed = [pack(x, spec) for x in (probabilities, query, key, value)]
+        del probabilities
+        ctx.scaling, ctx.dropout_p = scaling, dropout_p
+        ctx.layouts = [(p.layout, len(p.parts)) for p in packed]
+        ctx.save_for_backward(*rng, *(part for p in packed for part in p.parts))
+        return attend(query, key, value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        saved = list(ctx.saved_tensors)
+        rng = saved.pop(0) if ctx.dropout_p else None
+        probabilities, query, key, value = _unpack_all(ctx.layouts, saved)
+        key, value = _repeat_heads(key, ctx.groups), _repeat_heads(value, ctx.groups)
+        grad_output = grad_output.transpose(1, 2).to(query.dtype)
+        grad_probabilities = grad_output @ value.transpose(-1, -2)
+        dropped = probabilities
+        if ctx.dropout_p:
+            with replayed_rng(grad_output.device, rng):
+                noise = F.dropout(torch.ones_like(probabilities), ctx.dropout_p)
+            grad_probabilities *= noise
+            dropped = probabilities * noise
+        grad_value = dropped.transpose(-1, -2) @ grad_output
+        grad_scores = grad_probabilities.mul_(probabilities)
+        grad_scores -= probabilities * grad_scores.sum(-1, keepdim=True)
+        grad_scores *= ctx.scaling
+        grad_query = grad_scores @ key
+        grad_key = grad_scores.transpose(-1, -2) @ query
+        return (
+            None,
+            grad_query,
+            _sum_heads(grad_key, ctx.groups),
+            _sum_heads(grad_value, ctx.groups),
+            *(None,) * 5,
+        )
+
+
+def _unpack_all(layouts: list[tuple], parts: list[Tensor]) -> list[Tensor]:
+    """Unpack several tensors whose parts follow each other."""
+    dense = []
+    for layout, count in layouts:
+        dense.append(Packed(layout, tuple(parts[:count])).unpack().detach())
+        parts = parts[count:]
+    return dense
+
+
+def _probabilities(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, is_causal: bool) -> Tensor:
+    """Softmax of the masked scores, in the dtype of `query`. A row that may attend to nothing is zero."""
+    scores = (query @ key.transpose(-1, -2)).float() if query.dtype.itemsize < 4 else query @ key.transpose(-1, -2)
+    scores *= scaling
+    if is_causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu_(1)
+        scores.masked_fill_(later, -torch.inf)
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            scores.masked_fill_(~mask, -torch.inf)
+        else:
+            scores += mask
+    return torch.softmax(scores, -1).nan_to_num_(0.0).to(query.dtype)
+
+
+def _repeat_heads(x: Tensor, groups: int) -> Tensor:
+    """Grouped-query attention: every key or value head serves `groups` query heads that follow each other."""
+    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
+
+
+def _sum_heads(grad: Tensor, groups: int) -> Tensor:
+    """The gradient of `_repeat_heads`."""
+    return grad if groups == 1 else grad.unflatten(1, (-1, groups)).sum(2)

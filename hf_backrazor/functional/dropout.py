@@ -1,0 +1,38 @@
+"""Dropout: one bit an element."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from ..packing import pack_bits, unpack_bits
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """`torch.nn.functional.dropout` in training mode, with the mask saved in one bit an element.
+
+    Draws the same numbers from torch's generator as the dense operator and returns the same result. The mask is kept
+    rather than drawn again from the generator's state: drawing costs 6 ns an element on a CPU, unpacking 0.1.
+
+    Args:
+        x: float, any shape.
+        p: probability of a zero, between 0 and 1 (both excluded).
+    """
+    return _Dropout.apply(x, p)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, p: float) -> Tensor:
+        output, mask = torch.native_dropout(x, p, True)
+        ctx.keep_probability = 1 - p
+        ctx.save_for_backward(pack_bits(mask.view(1, -1)))
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor, None]:
+        (bits,) = ctx.saved_tensors
+        mask = unpack_bits(bits, grad_output.numel()).view(grad_output.shape)
+        return (grad_output * mask).mul_(1 / ctx.keep_probability), None

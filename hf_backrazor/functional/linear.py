@@ -1,0 +1,65 @@
+"""Linear layers: dX and db exact, dW from the packed input."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from ..packing import Packed, PackSpec
+from .precision import compute_dtype
+from .sharing import pack_shared
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, spec: PackSpec, transposed: bool = False) -> Tensor:
+    """`torch.nn.functional.linear` with a packed input saved for the weight's gradient.
+
+    dX = dY W and db = sum(dY) are exact; dW = dY^T x takes x from its packed copy, which every consumer of the same
+    tensor shares.
+
+    Args:
+        x: `(..., in_features)`, float; under autocast the copy is packed in autocast's dtype.
+        weight: `(out_features, in_features)`, or `(in_features, out_features)` if `transposed`.
+        bias: `(out_features,)` or None; required if `transposed`.
+        spec: how `x` is packed.
+        transposed: compute as Transformers' `Conv1D` does.
+
+    Returns:
+        `(..., out_features)`, bit-equal to the dense operator's.
+    """
+    return _Linear.apply(x, weight, bias, pack_shared(x, spec, compute_dtype(x)), transposed)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, packed: Packed, transposed: bool
+    ) -> Tensor:
+        ctx.layout = packed.layout
+        ctx.transposed = transposed
+        ctx.input_dtype = x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(weight, *packed.parts)
+        if not transposed:
+            return F.linear(x, weight, bias)
+        return torch.addmm(bias, x.view(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *parts = ctx.saved_tensors
+        grad_input = grad_weight = grad_bias = None
+        grad_rows = grad_output.reshape(-1, grad_output.shape[-1])
+        if ctx.needs_input_grad[0]:
+            compute = weight.to(grad_output.dtype)
+            grad_input = grad_rows @ (compute.t() if ctx.transposed else compute)
+            grad_input = grad_input.view(ctx.layout.shape).to(ctx.input_dtype)
+        if ctx.needs_input_grad[1]:
+            x = ctx.layout.unpack(parts, grad_output.dtype)
+            x_rows = x.reshape(-1, x.shape[-1])
+            grad_weight = x_rows.t() @ grad_rows if ctx.transposed else grad_rows.t() @ x_rows
+            grad_weight = grad_weight.to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad_rows.sum(0).to(ctx.bias_dtype)
+        return grad_input, grad_weight, grad_bias, None, None

@@ -1,0 +1,179 @@
+"""LayerNorm and RMSNorm: the normalised output (or, as in the paper, the input) packed; dbeta exact.
+
+With x_hat the normalised input, g = gamma * dY and means over the normalised dimensions:
+dX = rstd (g - mean(g) - x_hat mean(g x_hat)), without mean(g) for RMSNorm; dgamma = sum(dY x_hat); dbeta = sum(dY).
+(J. L. Ba et al., "Layer Normalization", 2016; B. Zhang and R. Sennrich, "Root Mean Square Layer Normalization", 2019.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from ..packing import PackSpec, pack
+from .precision import accumulate_dtype
+from .sharing import pack_shared
+
+
+def layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    spec: PackSpec,
+    stores: str = "x_hat",
+) -> Tensor:
+    """`torch.nn.functional.layer_norm` with x_hat or x packed.
+
+    Args:
+        x: `(..., *normalized_shape)`, float.
+        normalized_shape: trailing dimensions that mean and variance are taken over.
+        weight: gamma, of `normalized_shape`, or None.
+        bias: beta, of `normalized_shape`, or None.
+        eps: added to the variance.
+        spec: how the stored tensor is packed.
+        stores: `"x_hat"` or `"input"`.
+
+    Returns:
+        As `x`, bit-equal to the dense operator's.
+    """
+    return _LayerNorm.apply(x, weight, bias, tuple(normalized_shape), eps, spec, stores)
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    spec: PackSpec,
+    stores: str = "x_hat",
+    offset: float = 0.0,
+    forward: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """RMSNorm over the last dimension, y = x rsqrt(mean(x^2) + eps) (weight + offset), with x_hat or x packed.
+
+    Args:
+        x: `(..., n)`, float.
+        weight: `(n,)` or None.
+        eps: added to the mean square.
+        spec: how the stored tensor is packed.
+        stores: `"x_hat"` or `"input"`.
+        offset: added to the weight (1 for Gemma's norms).
+        forward: computes y; the many RMSNorms of Transformers cast and round in their own ways, and the result has to
+            be theirs to the bit. Default: `torch.nn.functional.rms_norm`.
+
+    Returns:
+        As `forward(x)`.
+    """
+    return _RMSNorm.apply(x, weight, eps, spec, stores, offset, forward)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        normalized_shape: tuple[int, ...],
+        eps: float,
+        spec: PackSpec,
+        stores: str,
+    ) -> Tensor:
+        y, mean, rstd = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
+        # On a CPU they come in the dtype of a 16-bit x.
+        mean, rstd = mean.to(accumulate_dtype(x)), rstd.to(accumulate_dtype(x))
+        ctx.stores = stores
+        ctx.normalized_shape = normalized_shape
+        ctx.input_dtype = x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        if stores == "input":
+            packed = pack_shared(x, spec)
+            ctx.save_for_backward(weight, rstd, mean, *packed.parts)
+        else:
+            x_hat = (x.to(mean.dtype) - mean).mul_(rstd)
+            packed = pack(x_hat.to(x.dtype), spec)
+            ctx.save_for_backward(weight, rstd, *packed.parts)
+        ctx.layout = packed.layout
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        dims = tuple(range(-len(ctx.normalized_shape), 0))
+        if ctx.stores == "input":
+            weight, rstd, mean, *parts = ctx.saved_tensors
+            x_hat = (ctx.layout.unpack(parts, rstd.dtype) - mean) * rstd
+        else:
+            weight, rstd, *parts = ctx.saved_tensors
+            x_hat = ctx.layout.unpack(parts, rstd.dtype)
+        grad_output = grad_output.to(rstd.dtype)
+        leading = tuple(range(grad_output.dim() - len(dims)))
+        grad_input = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[2]:
+            grad_bias = _sum(grad_output, leading).to(ctx.bias_dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = _sum(grad_output * x_hat, leading).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            gamma = None if weight is None else weight.to(rstd.dtype)
+            grad_input = _grad_input(grad_output, x_hat, rstd, gamma, dims, centred=True).to(ctx.input_dtype)
+        return grad_input, grad_weight, grad_bias, None, None, None, None
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        weight: Tensor | None,
+        eps: float,
+        spec: PackSpec,
+        stores: str,
+        offset: float,
+        forward: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:
+        y = torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps) if forward is None else forward(x)
+        ctx.stores = stores
+        ctx.offset = offset
+        ctx.input_dtype = x.dtype
+        wide = x.to(accumulate_dtype(x))
+        rstd = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        packed = pack_shared(x, spec) if stores == "input" else pack((wide * rstd).to(x.dtype), spec)
+        ctx.layout = packed.layout
+        ctx.save_for_backward(weight, rstd, *packed.parts)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        weight, rstd, *parts = ctx.saved_tensors
+        x_hat = ctx.layout.unpack(parts, rstd.dtype)
+        if ctx.stores == "input":
+            x_hat = x_hat * rstd
+        grad_output = grad_output.to(rstd.dtype)
+        grad_input = grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = _sum(grad_output * x_hat, tuple(range(grad_output.dim() - 1))).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            gamma = None if weight is None else weight.to(rstd.dtype) + ctx.offset
+            grad_input = _grad_input(grad_output, x_hat, rstd, gamma, (-1,), centred=False).to(ctx.input_dtype)
+        return grad_input, grad_weight, None, None, None, None, None
+
+
+def _sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Sum over `dims`; `Tensor.sum(())` would sum over all."""
+    return x.sum(dims) if dims else x
+
+
+def _grad_input(
+    grad_output: Tensor, x_hat: Tensor, rstd: Tensor, gamma: Tensor | None, dims: tuple[int, ...], centred: bool
+) -> Tensor:
+    g = grad_output if gamma is None else grad_output * gamma
+    projection = (g * x_hat).mean(dims, keepdim=True)
+    grad_input = g - x_hat * projection
+    if centred:
+        grad_input -= g.mean(dims, keepdim=True)
+    return grad_input.mul_(rstd)

@@ -1,0 +1,38 @@
+"""The state of a device's default generator, kept so that random numbers can be drawn again in backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def get_rng_state(device: torch.device) -> Tensor:
+    """State of the default generator of `device`: uint8, 5056 bytes on a CPU, 16 on CUDA."""
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    return torch.get_device_module(device).get_rng_state(device)
+
+
+def set_rng_state(device: torch.device, state: Tensor) -> None:
+    """Set the default generator of `device`."""
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, device)
+
+
+@contextmanager
+def replayed_rng(device: torch.device, state: Tensor | None) -> Iterator[None]:
+    """Draw from `state` inside the context, and go on from where the generator was after it. None: do nothing."""
+    if state is None:
+        yield
+        return
+    present = get_rng_state(device)
+    set_rng_state(device, state)
+    try:
+        yield
+    finally:
+        set_rng_state(device, present)

@@ -1,0 +1,141 @@
+"""`get_razor_model`: from a model to the same model, saving packed activations."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import nn
+
+from .config import RazorConfig
+from .extension import Extension, extend, restore
+from .modules import OPERATORS, RazorModule
+from .report import MemoryReport, measure_saved_bytes
+from .targets import matches_target, unmatched_targets
+from .watch import watch_first_forward
+
+
+if TYPE_CHECKING:
+    _Module = nn.Module
+else:
+    _Module = object
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class RazorModel(Extension, _Module):
+    """What `get_razor_model` adds to a model's class. Everything else the model had, it still has.
+
+    Attributes:
+        razor_config: the settings the model was prepared with.
+    """
+
+    razor_config: RazorConfig
+
+    def razor_modules(self) -> Iterator[tuple[str, RazorModule]]:
+        """Names and modules that save packed activations."""
+        return ((name, module) for name, module in self.named_modules() if isinstance(module, RazorModule))
+
+    def unload(self) -> nn.Module:
+        """Turn the model back into what it was before `get_razor_model`, weights as they are now, and return it."""
+        for _, module in list(self.razor_modules()):
+            module.uninstall()
+        self._razor_watch.remove()
+        del self.razor_config, self._razor_watch
+        restore(self)
+        return self
+
+    @contextmanager
+    def disable_razor(self) -> Iterator[None]:
+        """Save dense activations inside the context."""
+        before = [(module, module.razor_enabled) for _, module in self.razor_modules()]
+        try:
+            for module, _ in before:
+                module.razor_enabled = False
+            yield
+        finally:
+            for module, enabled in before:
+                module.razor_enabled = enabled
+
+    def memory_report(self, **batch: Any) -> MemoryReport:
+        """Measure what each module saves for backward, dense and razor.
+
+        Runs two training-mode forward passes on `batch`, and leaves mode, buffers and random state as they were.
+
+        Args:
+            batch: the arguments of the model's forward.
+        """
+        with self.disable_razor():
+            dense = measure_saved_bytes(self, **batch)
+        return MemoryReport.of(self, dense, measure_saved_bytes(self, **batch))
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the plain model's; `razor_config.json` goes beside the weights."""
+        result = super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            self.razor_config.save_pretrained(save_directory)
+        return result
+
+
+def get_razor_model(model: Model, config: RazorConfig | None = None) -> Model:
+    """Make `model` save packed activations in training.
+
+    The same object is returned. Its class, and the classes of the modules replaced, are extended in place: it is still
+    an instance of the type it was, with the same parameters and state-dict keys. Outside of training it computes what
+    it did before, by the same code; in training its forward pass gives the same result to the bit.
+
+    Args:
+        model: a Transformers model, a PEFT model, or any other module made of the same parts.
+        config: the settings (default: `RazorConfig()`).
+
+    Raises:
+        ValueError: the model is a razor model already; or nothing in it can be replaced; or a target in the config
+            matches nothing that can be.
+    """
+    if isinstance(model, RazorModel):
+        raise ValueError(
+            f"this {type(model).__name__} is a razor model already; call `unload()` on it before applying other settings"
+        )
+    config = dataclasses.replace(config) if config is not None else RazorConfig()
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+
+    replaced: dict[str, tuple[nn.Module, type[RazorModule]]] = {}
+    skipped: dict[str, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        if not name:
+            continue
+        operator = next((operator for operator in OPERATORS if operator.handles(module)), None)
+        if operator is not None:
+            replaced[name] = (module, operator)
+        elif matches_target(config, name):
+            for reason in filter(None, (operator.cannot_handle(module) for operator in OPERATORS)):
+                skipped[reason].append(name)
+    if unmatched := unmatched_targets(config, list(replaced)):
+        raise ValueError(
+            f"no module of this {type(model).__name__} that can be replaced is matched by " + "; ".join(unmatched)
+        )
+    replaced = {name: found for name, found in replaced.items() if matches_target(config, name)}
+    if not replaced:
+        raise ValueError(
+            f"nothing to replace in this {type(model).__name__}: it has no layer of a kind that razor handles"
+            + (" among those targeted" if config.target_modules or config.exclude_modules else "")
+        )
+    for reason, names in skipped.items():
+        warnings.warn(f"saved dense, as {reason}: {_enumerate(names)}", stacklevel=2)
+
+    for name, (module, operator) in replaced.items():
+        operator.install(module, config.resolve(name))
+    extend(model, RazorModel)
+    model.razor_config = config
+    model._razor_watch = watch_first_forward(model)
+    return model
+
+
+def _enumerate(names: list[str], limit: int = 5) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

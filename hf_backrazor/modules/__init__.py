@@ -1,0 +1,36 @@
+"""Razor versions of the modules that models are made of.
+
+An operator is one class, derived from `RazorModule`, in one file of this folder; `OPERATORS` lists them.
+"""
+
+from __future__ import annotations
+
+from .activation import RazorActivation
+from .attention import RazorAttention
+from .base import RazorModule
+from .dropout import RazorDropout
+from .linear import RazorConv1D, RazorLinear
+from .norm import RazorLayerNorm, RazorRMSNorm
+
+
+OPERATORS: tuple[type[RazorModule], ...] = (
+    RazorLinear,
+    RazorConv1D,
+    RazorLayerNorm,
+    RazorRMSNorm,
+    RazorActivation,
+    RazorDropout,
+    RazorAttention,
+)
+
+__all__ = [
+    "OPERATORS",
+    "RazorActivation",
+    "RazorAttention",
+    "RazorConv1D",
+    "RazorDropout",
+    "RazorLayerNorm",
+    "RazorLinear",
+    "RazorModule",
+    "RazorRMSNorm",
+]

@@ -1,0 +1,99 @@
+"""Activation functions: those of `ACT2FN` and their counterparts in `torch.nn`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from transformers import activations as hf
+
+from ..functional import activation
+from ..functional.activation import (
+    GELU,
+    GELU_TANH,
+    HARDSWISH,
+    MISH,
+    QUICK_GELU,
+    RELU,
+    RELU6,
+    SIGMOID,
+    SILU,
+    TANH,
+    ActivationRule,
+    leaky_relu,
+)
+from .base import RazorModule
+
+
+# Class -> what is known of its derivative (or how to find that for an instance). None: autograd finds it from the
+# input, kept in half precision.
+RULES: dict[type[nn.Module], ActivationRule | Callable[[nn.Module], ActivationRule] | None] = {
+    hf.GELUActivation: GELU,
+    hf.GELUTanh: GELU_TANH,
+    hf.NewGELUActivation: GELU_TANH,
+    hf.FastGELUActivation: GELU_TANH,
+    hf.AccurateGELUActivation: GELU_TANH,
+    hf.QuickGELUActivation: QUICK_GELU,
+    hf.SiLUActivation: SILU,
+    hf.MishActivation: MISH,
+    hf.ClippedGELUActivation: None,
+    hf.LaplaceActivation: None,
+    hf.ReLUSquaredActivation: None,
+    hf.XIELUActivation: None,
+    nn.GELU: lambda module: GELU if module.approximate == "none" else GELU_TANH,
+    nn.SiLU: SILU,
+    nn.Mish: MISH,
+    nn.Hardswish: HARDSWISH,
+    nn.Tanh: TANH,
+    nn.Sigmoid: SIGMOID,
+    nn.ReLU: RELU,
+    nn.ReLU6: RELU6,
+    nn.LeakyReLU: lambda module: leaky_relu(module.negative_slope),
+    nn.ELU: None,
+    nn.SELU: None,
+    nn.CELU: None,
+    nn.Softplus: None,
+    nn.PReLU: None,
+}
+if hasattr(hf, "SqrtSoftplusActivation"):  # in newer versions of Transformers
+    RULES[hf.SqrtSoftplusActivation] = None
+
+
+class RazorActivation(RazorModule):
+    """An activation function that stands as a module."""
+
+    kind = "activation"
+
+    @classmethod
+    def handles(cls, module: nn.Module) -> bool:
+        """See `RazorModule.handles`. In-place functions are left alone: they have a contract with their caller."""
+        return type(module) in RULES and not getattr(module, "inplace", False)
+
+    @classmethod
+    def cannot_handle(cls, module: nn.Module) -> str | None:
+        """See `RazorModule.cannot_handle`."""
+        if type(module) in RULES and not cls.handles(module):
+            return f"{type(module).__name__} works in place"
+        return None
+
+    @property
+    def rule(self) -> ActivationRule | None:
+        """What is known of the derivative."""
+        rule = RULES[self.plain_class]
+        return rule if rule is None or isinstance(rule, ActivationRule) else rule(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the plain module; saves the derivative in few bits, or `x`."""
+        parameters = tuple(self.parameters())
+        if not self.razor_active(x, *parameters) or not self.worth_packing(x):
+            return super().forward(x)
+        return activation(x, super().forward, self.rule, self.razor_config.activation_bits, parameters)
+
+    def razor_repr(self) -> str:
+        """See `RazorModule.razor_repr`."""
+        rule, bits = self.rule, self.razor_config.activation_bits
+        if rule is not None and rule.steps is not None:
+            return "razor=derivative in 1 bit"
+        if rule is not None and bits <= 8:
+            return f"razor=derivative in {bits} bits"
+        return f"razor=input in {max(bits, 16)} bits"

@@ -1,0 +1,222 @@
+"""Attention, through Transformers' `AttentionInterface`.
+
+An attention module looks its attention function up under `self.config._attn_implementation`. A razor attention module
+shows it a config that answers "razor" there and is the model's own in everything else; the function registered under
+that name runs the implementation that the model's config asks for. So the model's config stays as it is (saving it,
+building masks, and other models that share it are not affected), and `set_attn_implementation` goes on working.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
+
+from ..config import RazorConfig
+from ..functional import recomputed_attention, sparse_attention
+from ..packing import PackSpec
+from .base import RazorModule, describe, input_spec
+
+
+logger = logging.get_logger(__name__)
+
+IMPLEMENTATION = "razor"
+
+_LOOKUP = re.compile(r"get_interface\(\s*self\.config\._attn_implementation\s*,\s*(\w+)\s*,?\s*\)")
+
+
+class RazorAttention(RazorModule):
+    """A Transformers attention module that calls its attention function through `AttentionInterface`."""
+
+    kind = "attention"
+
+    @classmethod
+    def handles(cls, module: nn.Module) -> bool:
+        """See `RazorModule.handles`."""
+        # GPT-2's upcast attention is a code path of its own that the module takes by the name "eager".
+        upcast = getattr(module, "reorder_and_upcast_attn", False)
+        return hasattr(module, "config") and not upcast and _eager_function(type(module)) is not None
+
+    @classmethod
+    def cannot_handle(cls, module: nn.Module) -> str | None:
+        """See `RazorModule.cannot_handle`."""
+        if isinstance(module, nn.MultiheadAttention):
+            return "nn.MultiheadAttention reads its layers' weights without calling them"
+        if "Attention" in type(module).__name__ and _computes_scores(type(module)) and not cls.handles(module):
+            return f"{type(module).__name__} does not call its attention function through AttentionInterface"
+        return None
+
+    @property
+    def config(self) -> Any:
+        """The model's config, with this module's attention function in it."""
+        return _ConfigView(self.__dict__["config"])
+
+    @config.setter
+    def config(self, config: Any) -> None:
+        self.__dict__["config"] = config
+
+    def razor_repr(self) -> str:
+        """See `RazorModule.razor_repr`."""
+        config = self.razor_config
+        if config.attention == "sparse":
+            return f"{describe(input_spec(config))} of q, k, v, probabilities"
+        return f"razor=q, k, v in {config.qkv_bits} bits"
+
+
+class _ConfigView:
+    """A model config seen by a razor attention module."""
+
+    _attn_implementation = IMPLEMENTATION
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+
+def razor_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function of razor attention modules (see `AttentionInterface` for the arguments).
+
+    Returns the output and, as the SDPA path does, None for the attention weights.
+    """
+    function = _plain_function(module)
+    if not module.razor_active(query, key, value) or not module.worth_packing(query):
+        return function(module, query, key, value, attention_mask, **kwargs)
+    if kwargs.get("output_attentions"):
+        logger.warning_once(
+            "Razor attention does not return attention weights in training: they are not kept. For weights, call the "
+            "model in eval mode with `attn_implementation='eager'`."
+        )
+    config: RazorConfig = module.razor_config
+    if config.attention == "sparse" and (reason := _beyond_sparse(kwargs, attention_mask)):
+        logger.warning_once(
+            f"{type(module).__name__}: attention='sparse' does not know {reason}; probabilities are recomputed from "
+            "sparse q, k, v instead."
+        )
+    elif config.attention == "sparse":
+        return _sparse(module, function, query, key, value, attention_mask, kwargs), None
+
+    # Tensors among the arguments go through autograd by themselves; everything else is bound to the call.
+    names = [name for name, argument in kwargs.items() if isinstance(argument, Tensor)]
+    others = [kwargs[name] for name in names]
+    bound = {name: argument for name, argument in kwargs.items() if name not in names}
+    if attention_mask is None or not isinstance(attention_mask, Tensor):
+        bound["attention_mask"] = attention_mask
+    else:
+        names, others = ["attention_mask", *names], [attention_mask, *others]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *others: Tensor) -> Tensor:
+        return function(module, query, key, value, **bound, **dict(zip(names, others, strict=True)))[0]
+
+    spec = input_spec(config) if config.attention == "sparse" else _qkv_spec(config.qkv_bits)
+    random = bool(kwargs.get("dropout"))
+    return recomputed_attention(attend, query, key, value, others, spec, random), None
+
+
+def _sparse(
+    module: nn.Module,
+    function: Callable,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    dropout = kwargs.get("dropout") or 0.0
+    scaling = kwargs.get("scaling")
+    is_causal = kwargs.get("is_causal")
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    # Eager attention masks by the mask alone; SDPA's flag takes its place, as `sdpa_attention_forward` decides.
+    uses_flag = module.__dict__["config"]._attn_implementation != "eager"
+    is_causal = bool(is_causal) and uses_flag and attention_mask is None and query.shape[2] > 1
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if not dropout:
+            return function(module, query, key, value, attention_mask, **kwargs)[0]
+        # The math path drops with one call of dropout on the probabilities, which backward can repeat. On a CPU it is
+        # the one that is taken with dropout anyhow.
+        with sdpa_kernel(SDPBackend.MATH):
+            return function(module, query, key, value, attention_mask, **kwargs)[0]
+
+    return sparse_attention(
+        attend,
+        query,
+        key,
+        value,
+        attention_mask,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        is_causal,
+        dropout,
+        input_spec(module.razor_config),
+    )
+
+
+def _beyond_sparse(kwargs: dict[str, Any], attention_mask: Any) -> str | None:
+    """What among the arguments changes the probabilities in a way that sparse attention does not reproduce."""
+    if attention_mask is not None and not isinstance(attention_mask, Tensor):
+        return type(attention_mask).__name__
+    if isinstance(attention_mask, Tensor) and (attention_mask.dim() != 4 or attention_mask.requires_grad):
+        return "this attention mask"
+    for name in ("softcap", "s_aux", "position_bias", "head_mask"):
+        if kwargs.get(name) is not None:
+            return f"`{name}`"
+    return None
+
+
+def _qkv_spec(bits: int) -> PackSpec:
+    if bits == 32:
+        return PackSpec()
+    if bits == 16:
+        return PackSpec(value_dtype="float16")
+    return PackSpec(sparsity=1.0, bits=bits)
+
+
+def _plain_function(module: RazorAttention) -> Callable:
+    """The attention function that the module would call without razor."""
+    if not isinstance(module, RazorAttention):
+        raise ValueError(
+            f"attn_implementation={IMPLEMENTATION!r} is for the modules that `get_razor_model` prepares, and "
+            f"{type(module).__name__} is not one; load the model with 'sdpa' and call `get_razor_model` on it"
+        )
+    name = module.__dict__["config"]._attn_implementation
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, _eager_function(module.plain_class))
+
+
+@lru_cache(maxsize=None)
+def _eager_function(cls: type[nn.Module]) -> Callable | None:
+    """The function that the class's forward gives `AttentionInterface` as default; None if it does not use that."""
+    found = _LOOKUP.search(_forward_source(cls))
+    return inspect.unwrap(cls.forward).__globals__.get(found.group(1)) if found else None
+
+
+@lru_cache(maxsize=None)
+def _computes_scores(cls: type[nn.Module]) -> bool:
+    """Whether the class's own forward computes attention probabilities."""
+    source = _forward_source(cls)
+    return "softmax(" in source or "scaled_dot_product_attention(" in source
+
+
+def _forward_source(cls: type[nn.Module]) -> str:
+    try:
+        return inspect.getsource(inspect.unwrap(cls.forward))
+    except (OSError, TypeError):  # defined in C or at a prompt
+        return ""
+
+
+AttentionInterface.register(IMPLEMENTATION, razor_attention_forward)

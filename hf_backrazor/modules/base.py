@@ -1,0 +1,99 @@
+"""What all razor modules have in common."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..config import RazorConfig
+from ..extension import Extension, extend, restore
+from ..packing import PackSpec
+
+
+if TYPE_CHECKING:
+    _Module = nn.Module
+else:
+    _Module = object
+
+
+class RazorModule(Extension, _Module):
+    """A module whose class was extended in place so that it saves packed activations.
+
+    Attributes:
+        kind: the kind of operator, as `memory_report` names it.
+        razor_config: the settings that hold for this module, overrides applied.
+        razor_enabled: false makes the module behave as the plain one.
+    """
+
+    kind: ClassVar[str]
+    razor_config: RazorConfig
+    razor_enabled: bool
+
+    @classmethod
+    def handles(cls, module: nn.Module) -> bool:
+        """Whether this operator can stand in for `module`."""
+        raise NotImplementedError
+
+    @classmethod
+    def cannot_handle(cls, module: nn.Module) -> str | None:
+        """Why a module that looks like this operator's business is left as it is; None if it does not look so."""
+        return None
+
+    @classmethod
+    def install(cls, module: nn.Module, config: RazorConfig) -> None:
+        """Extend `module` by this class."""
+        extend(module, cls, prefix="Razor")
+        module.razor_config = config
+        module.razor_enabled = True
+
+    def uninstall(self) -> None:
+        """Undo `install`."""
+        for name in [name for name in self.__dict__ if name.startswith("razor_")]:
+            del self.__dict__[name]
+        restore(self)
+
+    def razor_active(self, *tensors: Tensor | None) -> bool:
+        """Whether this call saves packed activations: in training, with gradients wanted for one of `tensors`."""
+        return (
+            self.training
+            and self.razor_enabled
+            and torch.is_grad_enabled()
+            and any(x is not None and x.requires_grad for x in tensors)
+        )
+
+    def worth_packing(self, x: Tensor) -> bool:
+        """Whether `x` is large enough to be packed."""
+        return x.is_floating_point() and x.numel() >= self.razor_config.min_numel
+
+    def razor_repr(self) -> str:
+        """The settings that matter to this operator, for `print(model)`."""
+        return ""
+
+    def extra_repr(self) -> str:
+        """The plain module's, followed by the razor settings."""
+        return ", ".join(text for text in (super().extra_repr(), self.razor_repr()) if text)
+
+
+def input_spec(config: RazorConfig) -> PackSpec:
+    """How the inputs of linear layers are packed."""
+    return PackSpec(config.sparsity, config.granularity, _bits(config, config.residual_bits), config.value_dtype)
+
+
+def norm_spec(config: RazorConfig) -> PackSpec:
+    """How norms pack what they store."""
+    return PackSpec(config.sparsity, config.granularity, _bits(config, config.norm_bits), config.value_dtype)
+
+
+def describe(spec: PackSpec) -> str:
+    """A few words on `spec`, for `print(model)`."""
+    if spec.sparsity == 0:
+        return "razor=all kept"
+    residual = f" + {spec.bits} bits" if spec.bits else ""
+    return f"razor={spec.granularity} top {1 - spec.sparsity:.3g}{residual}"
+
+
+def _bits(config: RazorConfig, bits: int) -> int:
+    # With everything kept exactly there is nothing left to code.
+    return bits if config.sparsity else 0

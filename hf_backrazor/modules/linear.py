@@ -1,0 +1,49 @@
+"""Linear layers."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from ..functional import linear
+from .base import RazorModule, describe, input_spec
+
+
+class RazorLinear(RazorModule):
+    """`nn.Linear`, and subclasses that leave its forward alone."""
+
+    kind = "linear"
+    plain_type = nn.Linear
+    transposed = False
+
+    @classmethod
+    def handles(cls, module: nn.Module) -> bool:
+        """See `RazorModule.handles`."""
+        if isinstance(module, NonDynamicallyQuantizableLinear):
+            return False  # a part of nn.MultiheadAttention, which never calls it
+        return isinstance(module, cls.plain_type) and type(module).forward is cls.plain_type.forward
+
+    @classmethod
+    def cannot_handle(cls, module: nn.Module) -> str | None:
+        """See `RazorModule.cannot_handle`."""
+        if isinstance(module, cls.plain_type) and type(module).forward is not cls.plain_type.forward:
+            return f"{type(module).__name__} has a forward of its own"
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the plain module; saves `x` packed where the weight is being trained."""
+        if not self.razor_active(self.weight) or not self.worth_packing(x):
+            return super().forward(x)
+        return linear(x, self.weight, self.bias, input_spec(self.razor_config), self.transposed)
+
+    def razor_repr(self) -> str:
+        """See `RazorModule.razor_repr`."""
+        return describe(input_spec(self.razor_config))
+
+
+class RazorConv1D(RazorLinear):
+    """GPT-2's linear layer with a transposed weight."""
+
+    plain_type = Conv1D
+    transposed = True

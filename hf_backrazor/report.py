@@ -1,0 +1,190 @@
+"""Where the memory goes: bytes that a training forward saves for backward, measured."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
+
+from .modules import OPERATORS, RazorModule
+
+
+@dataclass(frozen=True)
+class SavedBytes:
+    """What one forward saved for backward.
+
+    Attributes:
+        by_module: module name -> bytes saved while that module (and none inside it) was running. `""` is the model
+            itself, where a loss is computed.
+    """
+
+    by_module: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return sum(self.by_module.values())
+
+
+@dataclass(frozen=True)
+class ModuleMemory:
+    """One module's row in a `MemoryReport`.
+
+    Attributes:
+        name: as in `named_modules()`.
+        kind: kind of operator (`"linear"`, `"norm"`, `"activation"`, `"dropout"`, `"attention"`), or `"other"`.
+        dense_bytes, razor_bytes: saved for backward without and with razor.
+    """
+
+    name: str
+    kind: str
+    dense_bytes: int
+    razor_bytes: int
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Saved bytes of one forward pass, dense and razor side by side.
+
+    A tensor that several operators save is counted once, for the first. Parameters, buffers and the batch itself are
+    left out: they are there anyway.
+
+    Attributes:
+        modules: a row for each module that saves anything, in the model's order.
+    """
+
+    modules: list[ModuleMemory] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: nn.Module, dense: SavedBytes, razor: SavedBytes) -> MemoryReport:
+        """Put two measurements of `model` side by side."""
+        rows = []
+        for name, module in model.named_modules():
+            dense_bytes, razor_bytes = dense.by_module.get(name, 0), razor.by_module.get(name, 0)
+            if dense_bytes or razor_bytes:
+                rows.append(ModuleMemory(name, _kind(module), dense_bytes, razor_bytes))
+        return cls(rows)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Total saved without razor."""
+        return sum(row.dense_bytes for row in self.modules)
+
+    @property
+    def razor_bytes(self) -> int:
+        """Total saved with razor."""
+        return sum(row.razor_bytes for row in self.modules)
+
+    @property
+    def by_kind(self) -> dict[str, tuple[int, int]]:
+        """Kind of operator -> (dense bytes, razor bytes), greatest first."""
+        sums: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+        for row in self.modules:
+            sums[row.kind][0] += row.dense_bytes
+            sums[row.kind][1] += row.razor_bytes
+        return {kind: (dense, razor) for kind, (dense, razor) in sorted(sums.items(), key=lambda item: -item[1][0])}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, fit for JSON."""
+        return {
+            "dense_bytes": self.dense_bytes,
+            "razor_bytes": self.razor_bytes,
+            "by_kind": {k: {"dense_bytes": d, "razor_bytes": r} for k, (d, r) in self.by_kind.items()},
+            "modules": [asdict(row) for row in self.modules],
+        }
+
+    def __str__(self) -> str:
+        largest = sorted(self.modules, key=lambda row: -row.razor_bytes)[:5]
+        rows = [(kind, *sizes) for kind, sizes in self.by_kind.items()]
+        rows.append(("total", self.dense_bytes, self.razor_bytes))
+        details = [(row.name or "(model)", row.dense_bytes, row.razor_bytes) for row in largest]
+        return _table("saved for backward", rows) + "\n\n" + _table("largest with razor", details)
+
+
+def measure_saved_bytes(model: nn.Module, **batch: Any) -> SavedBytes:
+    """Run one training-mode forward of any model, and measure what it saves for backward.
+
+    Counts the storages that autograd holds, each once and whole, without those of parameters, buffers and the batch.
+    Mode, buffers and random state are put back.
+
+    Args:
+        batch: the arguments of the model's forward.
+    """
+    known = [*model.parameters(), *model.buffers(), *(x for x in tree_leaves(batch) if isinstance(x, Tensor))]
+    seen = {_storage_key(x) for x in known}
+    by_module: dict[str, int] = defaultdict(int)
+    running: list[str] = [""]
+
+    def note(x: Tensor) -> Tensor:
+        key = _storage_key(x)
+        if key not in seen:
+            seen.add(key)
+            by_module[running[-1]] += x.untyped_storage().nbytes()
+        # Returned as it is, the tensor stays alive with the graph, so no later storage can take its address.
+        return x
+
+    with _undisturbed(model), _following(model, running), saved_tensors_hooks(note, lambda x: x), torch.enable_grad():
+        # The result holds the graph until all is counted.
+        result = model(**batch)
+    del result
+    return SavedBytes(dict(by_module))
+
+
+def _storage_key(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+@contextmanager
+def _following(model: nn.Module, running: list[str]) -> Iterator[None]:
+    """Keep the names of the modules that are running on the stack `running`."""
+    handles = []
+    for name, module in model.named_modules():
+        if name:
+            handles.append(module.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
+            handles.append(module.register_forward_hook(lambda *_: running.pop() and None, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Training mode inside; mode, buffers and random state of the model's devices as before afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {x.device for x in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
+    device_type = next(iter(devices)).type if devices else "cuda"
+    try:
+        model.train()
+        with torch.random.fork_rng(devices=list(devices), device_type=device_type):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def _kind(module: nn.Module) -> str:
+    if isinstance(module, RazorModule):
+        return module.kind
+    return next((operator.kind for operator in OPERATORS if operator.handles(module)), "other")
+
+
+def _table(title: str, rows: list[tuple[str, int, int]]) -> str:
+    width = max(len(title), *(len(name) for name, _, _ in rows)) if rows else len(title)
+    lines = [f"{title:<{width}}  {'dense MiB':>10}  {'razor MiB':>10}  {'factor':>7}"]
+    for name, dense, razor in rows:
+        factor = f"{dense / razor:.1f}x" if razor else "-"
+        lines.append(f"{name:<{width}}  {dense / 2**20:>10.2f}  {razor / 2**20:>10.2f}  {factor:>7}")
+    return "\n".join(lines)

@@ -1,0 +1,83 @@
+"""Which modules a configuration means, by their dotted names alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+
+class Targets(Protocol):
+    """The part of a configuration that names modules; `RazorConfig` documents the fields."""
+
+    @property
+    def target_modules(self) -> list[str] | str | None: ...
+    @property
+    def exclude_modules(self) -> list[str] | str | None: ...
+    @property
+    def layers_to_transform(self) -> list[int] | int | None: ...
+    @property
+    def overrides(self) -> Mapping[str, Mapping[str, Any]]: ...
+
+
+def matches_target(config: Targets, name: str) -> bool:
+    """Whether the module called `name` is targeted: listed, not excluded, and in one of the layers asked for.
+
+    A module without a layer index in its name is in no layer: it does not match once `layers_to_transform` is set.
+    """
+    if config.exclude_modules is not None and _is_listed(config.exclude_modules, name):
+        return False
+    if config.target_modules is not None and not _is_listed(config.target_modules, name):
+        return False
+    return config.layers_to_transform is None or layer_index(name) in _layers(config)
+
+
+def unmatched_targets(config: Targets, names: Iterable[str]) -> list[str]:
+    """What `config` asks for and none of `names` answers, each in words, such as "target_modules entry 'querry'".
+
+    Looks at the entries of `target_modules`, the indices in `layers_to_transform` and the patterns of `overrides`, each
+    by itself. `exclude_modules` is left out: excluding what a model does not have is no mistake.
+    """
+    names = list(names)
+    found = []
+    if isinstance(config.target_modules, str):
+        found.append(("target_modules regex", config.target_modules, _is_listed))
+    else:
+        found += [("target_modules entry", entry, _is_entry) for entry in config.target_modules or []]
+    found += [("overrides pattern", pattern, match_pattern) for pattern in config.overrides]
+    unmatched = [
+        f"{kind} {entry!r}"
+        for kind, entry, matches in found
+        if not any(matches(entry, name) for name in names)
+    ]
+    present = {layer_index(name) for name in names}
+    return unmatched + [f"layers_to_transform index {i}" for i in _layers(config) if i not in present]
+
+
+def match_pattern(pattern: str, name: str) -> bool:
+    """Whether the regex `pattern` matches all of `name`, or all that follows one of its dots."""
+    # As PEFT reads rank_pattern. Matched part by part, since a pattern may hold what is only legal at its own start
+    # ("(?i)") or counts its own groups ("\1").
+    parts = name.split(".")
+    compiled = re.compile(pattern)
+    return any(compiled.fullmatch(".".join(parts[i:])) for i in range(len(parts)))
+
+
+def layer_index(name: str) -> int | None:
+    """The first component of the dotted `name` that is an integer; None if there is none."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+
+
+def _is_listed(modules: list[str] | str, name: str) -> bool:
+    if isinstance(modules, str):
+        return re.fullmatch(modules, name) is not None
+    return any(_is_entry(entry, name) for entry in modules)
+
+
+def _is_entry(entry: str, name: str) -> bool:
+    return name == entry or name.endswith(f".{entry}")
+
+
+def _layers(config: Targets) -> list[int]:
+    layers = config.layers_to_transform
+    return [layers] if isinstance(layers, int) else layers or []

@@ -1,0 +1,105 @@
+"""The command line that the recipes share; each recipe adds what only it needs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import NoReturn
+
+from one_line_errors import stop, stop_on_error
+
+from hf_backrazor import RazorConfig
+
+PRESETS = ("paper", "lossless", "balanced", "fast")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without the usage text that would bury it."""
+
+    def error(self, message: str) -> NoReturn:
+        stop(f"{message} (--help lists the arguments)")
+
+
+def _number(kind: type, least: float, below: float = float("inf")) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not least <= value < below:
+            upper = "" if below == float("inf") else f" and below {below:g}"
+            raise argparse.ArgumentTypeError(f"{text} is not at least {least:g}{upper}")
+        return value
+
+    # argparse names the type in its own message for text that is no number at all.
+    parse.__name__ = kind.__name__
+    return parse
+
+
+count = _number(int, 1)
+whole = _number(int, 0)
+positive = _number(float, 0)
+fraction = _number(float, 0, below=1)
+
+
+def add_shared_arguments(
+    parser: argparse.ArgumentParser,
+    *,
+    output_dir: str,
+    learning_rate: float,
+    batch_size: int,
+    epochs: int,
+    weight_decay: float = 0.01,
+) -> None:
+    """Add the arguments every recipe has, with this recipe's defaults."""
+    data = parser.add_argument_group("model and data")
+    data.add_argument("--model", help="Hub id or local folder (default: a model that needs no download)")
+    data.add_argument(
+        "--dataset",
+        help="Hub id, or local file or folder of csv, json, parquet, or a dataset saved to disk "
+        "(default: data that need no download)",
+    )
+    data.add_argument("--dataset_config", help="configuration name, for a Hub dataset that has several")
+    data.add_argument("--train_split", default="train")
+    data.add_argument(
+        "--eval_split", help="default: validation, else test, else a tenth of the training split"
+    )
+
+    razor = parser.add_argument_group("razor")
+    razor.add_argument(
+        "--preset", choices=PRESETS, help="what is stored for the backward pass (default: balanced)"
+    )
+    razor.add_argument("--sparsity", type=fraction, help="fraction of a saved activation not kept exactly")
+    razor.add_argument("--dense", action="store_true", help="train without the razor, for comparison")
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--learning_rate", type=positive, default=learning_rate)
+    training.add_argument(
+        "--batch_size", type=count, default=batch_size, help="examples per process and step"
+    )
+    training.add_argument("--eval_batch_size", type=count, default=64)
+    training.add_argument("--epochs", type=count, default=epochs)
+    training.add_argument("--max_steps", type=count, help="stop after this many optimizer steps")
+    training.add_argument("--gradient_accumulation_steps", type=count, default=1)
+    training.add_argument(
+        "--warmup_ratio", type=fraction, default=0.1, help="share of the steps spent warming up"
+    )
+    training.add_argument("--weight_decay", type=positive, default=weight_decay)
+    training.add_argument("--max_grad_norm", type=positive, default=1.0, help="0 turns clipping off")
+    training.add_argument(
+        "--mixed_precision", choices=("no", "fp16", "bf16"), help="default: the launcher's choice"
+    )
+    training.add_argument("--seed", type=whole, default=0)
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--output_dir", default=output_dir)
+    output.add_argument("--overwrite_output_dir", action="store_true", help="replace a finished run")
+
+
+def razor_config(args: argparse.Namespace) -> RazorConfig | None:
+    """The configuration that the arguments ask for, or None for a dense run."""
+    if args.dense:
+        if args.preset is not None or args.sparsity is not None:
+            stop("--dense trains without the razor: leave out --preset and --sparsity")
+        return None
+    changes = {} if args.sparsity is None else {"sparsity": args.sparsity}
+    preset = args.preset or "balanced"
+    with stop_on_error(f"no razor configuration from --preset {preset} --sparsity {args.sparsity}"):
+        return RazorConfig.preset(preset, **changes)

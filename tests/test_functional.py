@@ -1,0 +1,295 @@
+"""Each operator on its own: the dense forward to the bit; autograd's gradients where storage is lossless."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from hf_backrazor.functional import (
+    activation,
+    dropout,
+    layer_norm,
+    linear,
+    recomputed_attention,
+    rms_norm,
+    sparse_attention,
+)
+from hf_backrazor.functional.activation import (
+    GELU,
+    GELU_TANH,
+    HARDSWISH,
+    MISH,
+    QUICK_GELU,
+    RELU,
+    RELU6,
+    SIGMOID,
+    SILU,
+    TANH,
+    ActivationRule,
+    leaky_relu,
+)
+from hf_backrazor.packing import PackSpec
+
+
+LOSSLESS = PackSpec()
+PAPER = PackSpec(0.9, "sample", value_dtype="float32")
+CODED = PackSpec(0.9, "row", bits=2)
+SPECS = pytest.mark.parametrize("spec", [LOSSLESS, PAPER, CODED], ids=["lossless", "paper", "coded"])
+SHAPES = [(5,), (3, 5), (2, 3, 5), (2, 2, 3, 5)]
+
+
+def double(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
+def test_gradcheck_linear(shape: tuple[int, ...], transposed: bool) -> None:
+    if transposed and len(shape) == 1:
+        pytest.skip("Conv1D takes no vectors")
+    weight = double(5, 7) if transposed else double(7, 5)
+    assert gradcheck(lambda x, w, b: linear(x, w, b, LOSSLESS, transposed), (double(*shape), weight, double(7)))
+
+
+@pytest.mark.parametrize("wanted", range(1, 8))
+def test_gradcheck_linear_for_any_subset_of_gradients(wanted: int) -> None:
+    x, weight, bias = double(3, 5), double(7, 5), double(7)
+    for i, tensor in enumerate((x, weight, bias)):
+        tensor.requires_grad_(bool(wanted & 1 << i))
+    assert gradcheck(lambda x, w, b: linear(x, w, b, LOSSLESS), (x, weight, bias))
+
+
+@pytest.mark.parametrize("stores", ["x_hat", "input"])
+@pytest.mark.parametrize("affine", ["both", "weight", "none"])
+@pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 3, 5)], ids=str)
+def test_gradcheck_layer_norm(shape: tuple[int, ...], affine: str, stores: str) -> None:
+    weight = None if affine == "none" else double(5)
+    bias = double(5) if affine == "both" else None
+    assert gradcheck(lambda x, w, b: layer_norm(x, (5,), w, b, 1e-5, LOSSLESS, stores), (double(*shape), weight, bias))
+
+
+def test_gradcheck_layer_norm_over_two_dimensions() -> None:
+    assert gradcheck(
+        lambda x, w, b: layer_norm(x, (3, 5), w, b, 1e-5, LOSSLESS), (double(2, 3, 5), double(3, 5), double(3, 5))
+    )
+
+
+@pytest.mark.parametrize("stores", ["x_hat", "input"])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_gradcheck_rms_norm(offset: float, stores: str) -> None:
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        def plain(x: Tensor) -> Tensor:
+            return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * (weight + offset)
+
+        return rms_norm(x, weight, 1e-5, LOSSLESS, stores, offset, plain)
+
+    assert gradcheck(forward, (double(2, 3, 5), double(5)))
+
+
+RULES = {
+    "gelu": (F.gelu, GELU),
+    "gelu_tanh": (lambda x: F.gelu(x, approximate="tanh"), GELU_TANH),
+    "quick_gelu": (lambda x: x * torch.sigmoid(1.702 * x), QUICK_GELU),
+    "silu": (F.silu, SILU),
+    "mish": (F.mish, MISH),
+    "hardswish": (F.hardswish, HARDSWISH),
+    "tanh": (torch.tanh, TANH),
+    "sigmoid": (torch.sigmoid, SIGMOID),
+    "relu": (F.relu, RELU),
+    "relu6": (F.relu6, RELU6),
+    "leaky_relu": (lambda x: F.leaky_relu(x, 0.1), leaky_relu(0.1)),
+}
+ACTIVATIONS = pytest.mark.parametrize(("function", "rule"), RULES.values(), ids=RULES)
+
+
+@ACTIVATIONS
+def test_gradcheck_activation(function, rule: ActivationRule) -> None:
+    for with_rule in (rule, None):
+        assert gradcheck(lambda x, r=with_rule: activation(x, function, r, 32), (double(4, 6),))
+
+
+@ACTIVATIONS
+def test_stated_range_of_the_derivative_is_its_range(function, rule: ActivationRule) -> None:
+    x = torch.linspace(-20, 20, 2_000_001, dtype=torch.float64)
+    derivative = rule.derivative(x)
+    assert derivative.min().item() == pytest.approx(rule.low, abs=2e-6)
+    assert derivative.max().item() == pytest.approx(rule.high, abs=2e-6)
+
+
+@ACTIVATIONS
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_grid_of_the_derivative(function, rule: ActivationRule, bits: int) -> None:
+    if rule.steps is not None:
+        pytest.skip("takes one bit, without a grid")
+    low, step = rule.grid(bits)
+    levels = low + step * torch.arange(2**bits, dtype=torch.float64)
+    assert (levels - 0).abs().min() < 1e-9  # saturated elements come out exact
+    if rule.high >= 1:
+        assert (levels - 1).abs().min() < 1e-9
+    assert step <= 2 * (rule.high - rule.low) / (2**bits - 1)
+    assert levels[0] <= rule.low + step / 2 + 1e-9
+    assert levels[-1] >= rule.high - step / 2 - 1e-9
+
+
+@ACTIVATIONS
+@pytest.mark.parametrize(("bits", "stored_bits"), [(2, 2), (3, 3), (4, 4), (8, 8), (16, 16)])
+def test_activation_error_and_bytes(function, rule: ActivationRule, bits: int, stored_bits: int) -> None:
+    x = torch.randn(64, 96, requires_grad=True)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = activation(x, function, rule, bits)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    (expected,) = torch.autograd.grad(function(x).sum(), x)
+    if rule.steps is not None:
+        assert sum(t.nbytes for t in saved) == x.numel() / 8
+        assert torch.equal(grad, expected)
+    else:
+        assert sum(t.nbytes for t in saved) == x.numel() * stored_bits / 8
+        assert (grad - expected).abs().max() <= (rule.grid(bits)[1] / 2 + 1e-5 if bits <= 8 else 2e-3)
+
+
+def test_activation_with_a_learnable_parameter() -> None:
+    slope = double(1)
+    assert gradcheck(
+        lambda x, s: activation(x, lambda x: F.prelu(x, s), None, 32, parameters=(s,)), (double(4, 6), slope)
+    )
+
+
+def test_relu_lets_the_same_gradients_through_as_autograd() -> None:
+    x = torch.tensor([-1.0, -0.0, 0.0, 1.0, float("nan"), float("inf"), -float("inf")], requires_grad=True)
+    (expected,) = torch.autograd.grad(F.relu(x).sum(), x)
+    (grad,) = torch.autograd.grad(activation(x, F.relu, RELU, 4).sum(), x)
+    assert torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(1,), (3, 7), (2, 3, 33)], ids=str)
+def test_dropout_is_the_dense_one_for_the_same_generator(shape: tuple[int, ...], dtype: torch.dtype, p: float) -> None:
+    results = []
+    for function in (lambda x: F.dropout(x, p), lambda x: dropout(x, p)):
+        torch.manual_seed(3)
+        x = torch.ones(shape, dtype=dtype, requires_grad=True)
+        y = function(x)
+        (grad,) = torch.autograd.grad(y, x, torch.full_like(y, 3.0))
+        results.append((y, grad, torch.get_rng_state()))
+    (y, grad, state), (y_razor, grad_razor, state_razor) = results
+    assert torch.equal(y, y_razor)
+    assert torch.equal(state, state_razor)
+    torch.testing.assert_close(grad_razor, grad)
+
+
+def test_dropout_saves_one_bit_an_element() -> None:
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        dropout(torch.randn(8, 64, requires_grad=True), 0.1)
+    assert sum(t.nbytes for t in saved) == 8 * 64 / 8
+
+
+def attention_case(heads: int, kv_heads: int, mask: str) -> tuple[tuple[Tensor, ...], dict]:
+    q, k, v = double(2, heads, 6, 4), double(2, kv_heads, 6, 4), double(2, kv_heads, 6, 4)
+    attn_mask = None
+    if mask == "bool":
+        attn_mask = torch.rand(2, 1, 6, 6) < 0.7
+        attn_mask[..., 0] = True
+    elif mask == "float":
+        attn_mask = torch.randn(2, 1, 6, 6, dtype=torch.float64)
+    return (q, k, v), {"attn_mask": attn_mask, "is_causal": mask == "causal", "enable_gqa": heads != kv_heads}
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "float", "causal"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2)])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("form", ["recompute", "sparse"])
+def test_gradcheck_attention(form: str, p: float, heads: int, kv_heads: int, mask: str) -> None:
+    inputs, options = attention_case(heads, kv_heads, mask)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=p, scale=0.5, **options).transpose(1, 2)
+
+    def razor(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        torch.manual_seed(5)  # the same dropout in every evaluation
+        if form == "recompute":
+            return recomputed_attention(attend, q, k, v, (), LOSSLESS, random=p > 0)
+        return sparse_attention(attend, q, k, v, options["attn_mask"], 0.5, options["is_causal"], p, LOSSLESS)
+
+    assert gradcheck(razor, inputs)
+    torch.manual_seed(5)
+    assert torch.equal(razor(*inputs), (torch.manual_seed(5), attend(*inputs))[1])
+
+
+def test_recomputed_attention_gives_gradients_to_the_other_tensors() -> None:
+    q, k, v, bias = double(1, 2, 4, 3), double(1, 2, 4, 3), double(1, 2, 4, 3), double(1, 2, 4, 4)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
+
+    assert gradcheck(lambda q, k, v, b: recomputed_attention(attend, q, k, v, (b,), LOSSLESS, False), (q, k, v, bias))
+
+
+def test_recomputation_leaves_the_generator_where_it_was() -> None:
+    q, k, v = (torch.randn(1, 2, 4, 8, requires_grad=True) for _ in range(3))
+    attend = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)  # noqa: E731
+    y = recomputed_attention(attend, q, k, v, (), LOSSLESS, True)
+    state = torch.get_rng_state()
+    y.sum().backward()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@SPECS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_forward_is_the_dense_one(spec: PackSpec, dtype: torch.dtype) -> None:
+    x = torch.randn(2, 9, 33).to(dtype).requires_grad_()
+    w, b, gamma, beta = (torch.randn(*s).to(dtype).requires_grad_() for s in ((17, 33), (17,), (33,), (33,)))
+    assert torch.equal(linear(x, w, b, spec), F.linear(x, w, b))
+    for stores in ("x_hat", "input"):
+        assert torch.equal(layer_norm(x, (33,), gamma, beta, 1e-5, spec, stores), F.layer_norm(x, (33,), gamma, beta))
+        assert torch.equal(rms_norm(x, gamma, 1e-5, spec, stores), F.rms_norm(x, (33,), gamma, 1e-5))
+
+
+@SPECS
+def test_exact_gradients_stay_exact(spec: PackSpec) -> None:
+    x, w, b = torch.randn(4, 9, 33, requires_grad=True), torch.randn(17, 33, requires_grad=True), torch.randn(17)
+    b.requires_grad_()
+    upstream = torch.randn(4, 9, 17)
+    expected = torch.autograd.grad(F.linear(x, w, b), (x, b), upstream)
+    torch.testing.assert_close(torch.autograd.grad(linear(x, w, b, spec), (x, b), upstream), expected)
+    gamma, beta = torch.randn(33, requires_grad=True), torch.randn(33, requires_grad=True)
+    upstream = torch.randn(4, 9, 33)
+    (expected,) = torch.autograd.grad(F.layer_norm(x, (33,), gamma, beta), beta, upstream)
+    (grad,) = torch.autograd.grad(layer_norm(x, (33,), gamma, beta, 1e-5, spec), beta, upstream)
+    torch.testing.assert_close(grad, expected)
+
+
+def test_consumers_of_a_tensor_share_its_packed_copy() -> None:
+    x = torch.randn(4, 9, 32, requires_grad=True)
+    storages = set()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: storages.add(t.untyped_storage().data_ptr()) or t, lambda t: t
+    ):
+        weights = [torch.randn(8, 32, requires_grad=True) for _ in range(3)]
+        outputs = [linear(x, w, None, PAPER) for w in weights]
+    weight_storages = {w.untyped_storage().data_ptr() for w in weights}
+    assert len(storages - weight_storages) == 2  # values and mask
+    del outputs
+
+
+def test_a_changed_tensor_is_packed_anew() -> None:
+    x, w = torch.randn(4, 32), torch.randn(8, 32, requires_grad=True)
+    linear(x, w, None, LOSSLESS)
+    linear(x, w, None, PAPER)
+    x.mul_(-3)
+    (grad,) = torch.autograd.grad(linear(x, w, None, PAPER).sum(), w)
+    fresh = x.clone()
+    (expected,) = torch.autograd.grad(linear(fresh, w, None, PAPER).sum(), w)
+    assert torch.equal(grad, expected)
+
+
+def test_differentiating_twice_is_refused() -> None:
+    x, w = double(3, 5), double(7, 5)
+    (grad,) = torch.autograd.grad(linear(x, w, None, LOSSLESS).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()

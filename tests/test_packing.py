@@ -1,0 +1,235 @@
+"""Properties of pack and unpack over shapes, dtypes, sparsities and ties."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_backrazor.packing import (
+    CODE_BITS,
+    PackSpec,
+    decode,
+    decode_grid,
+    encode,
+    encode_grid,
+    kept_count,
+    pack,
+    pack_bits,
+    topk_mask,
+    unpack_bits,
+)
+
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+dtypes = st.sampled_from(FLOATS)
+granularities = st.sampled_from(("row", "sample", "tensor"))
+shapes = st.lists(st.integers(0, 9), min_size=0, max_size=4).map(tuple)
+sparsities = st.one_of(st.sampled_from((0.0, 0.5, 0.8, 0.9, 0.97, 0.99)), st.floats(0, 0.999))
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> torch.Tensor:
+    """Random tensors; some contiguous, some not; some of few distinct values, so that magnitudes tie."""
+    shape = draw(shapes)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    if draw(st.booleans()):
+        x = torch.randint(-2, 3, shape, generator=generator).float()
+    else:
+        x = torch.randn(shape, generator=generator)
+    if len(shape) > 1 and draw(st.booleans()):
+        x = x.transpose(0, -1).contiguous().transpose(0, -1)
+    return x.to(draw(dtypes))
+
+
+def sets_of(x: torch.Tensor, granularity: str) -> torch.Tensor:
+    """`x` as a matrix whose rows are the sets that top-k runs over."""
+    if granularity == "tensor" or x.dim() < 2:
+        return x.reshape(1, -1)
+    return x.reshape(x.shape[0] if granularity == "sample" else math.prod(x.shape[:-1]), -1) if x.numel() else x
+
+
+@given(st.integers(0, 10**6), sparsities)
+def test_kept_count_keeps_the_stated_fraction(n: int, sparsity: float) -> None:
+    k = kept_count(n, sparsity)
+    assert (n > 0) <= k <= n
+    assert abs(k - n * (1 - sparsity)) <= 1
+
+
+@pytest.mark.parametrize(("n", "sparsity", "k"), [(768, 0.9, 77), (100, 0.57, 43), (10, 0.9, 1), (1, 0.99, 1), (8, 0, 8)])
+def test_kept_count_known_values(n: int, sparsity: float, k: int) -> None:
+    assert kept_count(n, sparsity) == k
+
+
+@given(tensors(), st.data())
+def test_topk_mask_is_numpys_stable_sort(x: torch.Tensor, data: st.DataObject) -> None:
+    x = x.reshape(1, -1)
+    k = data.draw(st.integers(0, x.shape[1]))
+    mask = topk_mask(x, k)
+    expected = np.argsort(-x.abs().double().numpy()[0], kind="stable")[:k]
+    assert mask.sum() == k
+    assert set(mask[0].nonzero().flatten().tolist()) == set(expected.tolist())
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("value", [0.0, 1.5, -2.0, math.nan, math.inf])
+def test_topk_mask_of_a_constant_is_its_first_k(dtype: torch.dtype, value: float) -> None:
+    mask = topk_mask(torch.full((3, 11), value, dtype=dtype), 4)
+    assert torch.equal(mask, torch.arange(11).expand(3, -1) < 4)
+
+
+def test_topk_mask_takes_nan_before_infinity_before_numbers() -> None:
+    x = torch.tensor([[1.0, math.inf, 3e38, math.nan, -math.inf]])
+    assert topk_mask(x, 1).nonzero()[:, 1].tolist() == [3]
+    assert topk_mask(x, 2).nonzero()[:, 1].tolist() == [1, 3]
+    assert topk_mask(x, 4).nonzero()[:, 1].tolist() == [1, 2, 3, 4]
+
+
+@given(tensors(), sparsities, granularities)
+def test_paper_packing_keeps_exactly_k_and_zeroes_the_rest(x: torch.Tensor, sparsity: float, granularity: str) -> None:
+    packed = pack(x, PackSpec(sparsity, granularity, value_dtype="float32"))
+    unpacked = packed.unpack()
+    assert (unpacked.shape, unpacked.dtype) == (x.shape, x.dtype)
+    for dense, restored in zip(sets_of(x, granularity), sets_of(unpacked, granularity), strict=True):
+        k = kept_count(dense.numel(), sparsity)
+        kept = restored != 0
+        assert kept.sum() == min(k, int((dense != 0).sum()))
+        assert torch.equal(restored[kept].float(), dense[kept].float())
+        if kept.any() and not kept.all():
+            assert dense[~kept].abs().max() <= dense[kept].abs().min()
+
+
+@given(tensors(), granularities)
+def test_sparsity_zero_is_lossless_and_no_copy(x: torch.Tensor, granularity: str) -> None:
+    packed = pack(x, PackSpec(0.0, granularity))
+    assert torch.equal(packed.unpack(), x)
+    assert packed.parts[0].untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+
+
+@settings(deadline=None)
+@given(
+    tensors(),
+    sparsities,
+    granularities,
+    st.sampled_from((0, *CODE_BITS)),
+    st.sampled_from(("auto", "float32", "bfloat16", "float16", "int8")),
+)
+def test_layout_is_known_from_shape_dtype_and_spec_alone(
+    x: torch.Tensor, sparsity: float, granularity: str, bits: int, value_dtype: str
+) -> None:
+    spec = PackSpec(sparsity, granularity, bits, value_dtype)
+    packed, other = pack(x, spec), pack(torch.randn(x.shape).to(x.dtype), spec)
+    assert packed.layout == other.layout
+    assert [(p.shape, p.dtype) for p in packed.parts] == [(p.shape, p.dtype) for p in other.parts]
+    unpacked = packed.unpack(torch.float32)
+    assert (unpacked.shape, unpacked.dtype) == (x.shape, torch.float32)
+    assert unpacked.isfinite().all()
+
+
+@given(tensors(), sparsities, st.sampled_from(CODE_BITS))
+def test_residual_codes_never_do_worse_than_zero(x: torch.Tensor, sparsity: float, bits: int) -> None:
+    x = x.float()
+    without = pack(x, PackSpec(sparsity, "row", 0, "float32")).unpack()
+    coded = pack(x, PackSpec(sparsity, "row", bits, "float32")).unpack()
+    # One scale serves a row: the error summed over it shrinks, though that of one element may grow. Equal: nothing
+    # is left over. Ten percent: rows of a few elements are far from the Gaussian that the levels are made for.
+    assert (x - coded).square().sum() <= (x - without).square().sum() * 1.1 + 1e-12
+
+
+def test_error_of_gaussian_codes_is_lloyd_and_maxs() -> None:
+    x = torch.randn(256, 4096)
+    for bits, error in {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497}.items():
+        restored = decode(encode(x, bits), bits, 4096, torch.float32)
+        assert (x - restored).square().mean().item() == pytest.approx(error, rel=0.02)
+
+
+@pytest.mark.parametrize("granularity", ["row", "sample", "tensor"])
+def test_paper_bytes(granularity: str) -> None:
+    x = torch.randn(4, 16, 64)
+    packed = pack(x, PackSpec(0.75, granularity, value_dtype="float32"))
+    size = sum(part.nbytes for part in packed.parts)
+    assert size == x.numel() / 8 + x.numel() / 4 * 4
+
+
+@pytest.mark.parametrize(("sparsity", "dtype"), [(0.9, torch.uint8), (0.99, torch.int16)])
+def test_index_is_the_smaller_of_mask_and_positions(sparsity: float, dtype: torch.dtype) -> None:
+    assert pack(torch.randn(3, 1000), PackSpec(sparsity)).parts[1].dtype == dtype
+
+
+def test_positions_of_large_sets_take_32_bits() -> None:
+    x = torch.randn(1, 2**17)
+    packed = pack(x, PackSpec(0.999, "tensor", value_dtype="float32"))
+    assert packed.parts[1].dtype == torch.int32
+    assert torch.equal(packed.unpack() != 0, topk_mask(x, kept_count(x.numel(), 0.999)))
+
+
+def test_value_dtype_is_never_wider_than_the_tensor() -> None:
+    x = torch.randn(4, 64)
+    for dtype, wanted, stored in [
+        (torch.float32, "auto", torch.bfloat16),
+        (torch.float16, "auto", torch.float16),
+        (torch.float32, "float16", torch.float16),
+        (torch.bfloat16, "float32", torch.bfloat16),
+        (torch.bfloat16, "float16", torch.bfloat16),
+        (torch.float64, "float32", torch.float32),
+        (torch.float32, "int8", torch.int8),
+    ]:
+        assert pack(x.to(dtype), PackSpec(0.9, value_dtype=wanted)).parts[0].dtype == stored
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("bits", [0, 2, 8])
+@pytest.mark.parametrize("value_dtype", ["float32", "int8"])
+def test_what_poisons_a_dense_gradient_poisons_the_packed_one(poison: float, bits: int, value_dtype: str) -> None:
+    x = torch.randn(2, 40)
+    x[0, 17] = poison
+    unpacked = pack(x, PackSpec(0.9, "row", bits, value_dtype)).unpack()
+    assert not unpacked[0].isfinite().all()
+    assert unpacked[1].isfinite().all()
+
+
+@given(st.integers(0, 5), st.integers(0, 40), st.integers(0, 2**31))
+def test_bits_round_trip(rows: int, n: int, seed: int) -> None:
+    mask = torch.rand(rows, n, generator=torch.Generator().manual_seed(seed)) < 0.5
+    packed = pack_bits(mask)
+    assert packed.shape == (rows, -(-n // 8))
+    assert torch.equal(packed, torch.from_numpy(np.packbits(mask.numpy(), axis=-1, bitorder="little")))
+    assert torch.equal(unpack_bits(packed, n), mask)
+
+
+@given(st.integers(1, 5), st.integers(1, 40), st.sampled_from((2, 3, 4, 8)), st.integers(0, 2**31))
+def test_grid_codes_are_within_half_a_step(rows: int, n: int, bits: int, seed: int) -> None:
+    low, step = -0.25, 1.5 / (2**bits - 1)
+    x = low + 1.5 * torch.rand(rows, n, generator=torch.Generator().manual_seed(seed))
+    fields = encode_grid(x, low, step, bits)
+    restored = decode_grid(fields, (rows, n), low, step, bits, torch.float32)
+    assert (x - restored).abs().max() <= step / 2 + 1e-6
+
+
+@pytest.mark.parametrize("spec", [PackSpec(0.9, "sample"), PackSpec(0.99, "row", 2), PackSpec(1.0, "row", 4)])
+def test_number_of_threads_does_not_matter(spec: PackSpec) -> None:
+    x = torch.randn(8, 197, 96)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(pack(x, spec).parts)
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_integers_are_refused() -> None:
+    with pytest.raises(TypeError, match="int64"):
+        pack(torch.arange(4), PackSpec())
+
+
+def test_unknown_bits_are_refused() -> None:
+    with pytest.raises(ValueError, match="bits=5"):
+        PackSpec(0.9, bits=5)
