@@ -11,6 +11,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -19,7 +20,6 @@ from transformers.utils import PushToHubMixin
 
 from . import __version__
 from .targets import match_pattern
-
 
 RAZOR_CONFIG_NAME = "razor_config.json"
 
@@ -66,14 +66,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }
 PRESETS = tuple(_PRESETS)
 
-Granularity = Literal["row", "sample", "tensor"]
-ResidualBits = Literal[0, 1, 2, 3, 4]
-NormStores = Literal["x_hat", "input"]
-ValueDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
-AttentionMode = Literal["recompute", "sparse"]
-QKVBits = Literal[4, 8, 16, 32]
-ActivationBits = Literal[2, 3, 4, 8, 16, 32]
-WeightGradient = Literal["dense"]
+Bits = Literal[0, 1, 2, 3, 4]
 
 Config = TypeVar("Config", bound="RazorConfig")
 
@@ -82,102 +75,89 @@ Config = TypeVar("Config", bound="RazorConfig")
 class RazorConfig(PushToHubMixin):
     """What is stored of each saved activation, and in which modules. The forward pass does not depend on it.
 
-    The defaults are the preset `"balanced"`. `"paper"`, `"lossless"` and `"fast"` are the other presets, see
-    [`RazorConfig.preset`].
+    The defaults are the preset `"balanced"`; `RazorConfig.preset` has the others.
 
     Args:
-        sparsity: fraction of a saved activation's elements that are not kept exactly, in [0, 1). 0 keeps all of them.
-        granularity: the set of elements that top-k runs over: `"row"` (the last dimension), `"sample"` (all of one
-            batch item) or `"tensor"`.
-        residual_bits: bits an element, 0 to 4, for what top-k leaves over. 0: it unpacks to zero, as in the paper.
-            Otherwise it is kept as a code with one scale per row.
-        norm: the tensor a LayerNorm or RMSNorm stores: `"x_hat"`, its normalised output, or `"input"`, its input, as
-            the paper's code does.
+        sparsity: fraction of a saved activation's elements not kept exactly, in [0, 1). 0 keeps all of them.
+        granularity: the set of elements that top-k runs over: `"row"` (the last dimension), `"sample"` (all of
+            one batch item) or `"tensor"`.
+        residual_bits: bits an element, 0 to 4, for what top-k leaves over. 0: it unpacks to zero, as in the
+            paper. Otherwise it is kept as a code with one scale per row.
+        norm: the tensor a LayerNorm or RMSNorm stores: `"x_hat"`, its normalised output, or `"input"`, its
+            input, as the paper's code does.
         norm_bits: what `residual_bits` is, for the tensor a norm stores.
-        value_dtype: dtype of the elements kept exactly: `"auto"`, `"float32"`, `"bfloat16"`, `"float16"` or `"int8"`;
-            never wider than the tensor itself. `"auto"`: the tensor's own dtype at sparsity 0 or if it has 16 bits,
-            bfloat16 if it has more. `"int8"`: with one scale per set that top-k runs over.
-        attention: `"recompute"` stores q, k and v in `qkv_bits` and computes the probabilities again in the backward
-            pass; `"sparse"` is the paper's: sparse probabilities, q, k and v, and `qkv_bits` is ignored.
-        qkv_bits: bits an element of q, k and v: 4 or 8 (a code with one scale per row), 16 (half precision) or 32
-            (unchanged).
+        value_dtype: dtype of the elements kept exactly: `"auto"`, `"float32"`, `"bfloat16"`, `"float16"` or
+            `"int8"`; never wider than the tensor itself. `"auto"`: the tensor's own dtype at sparsity 0 or if
+            it has 16 bits, bfloat16 if it has more. `"int8"`: with one scale per set that top-k runs over.
+        attention: `"recompute"` stores q, k and v in `qkv_bits` and computes the probabilities again in the
+            backward pass; `"sparse"`, the paper's, stores sparse probabilities, q, k and v, and ignores `qkv_bits`.
+        qkv_bits: bits an element of q, k and v: 4 or 8 (a code with one scale per row), 16 (half precision) or
+            32 (unchanged).
         activation_bits: bits an element that an activation function stores: 2, 3, 4 or 8 (a code for its
-            derivative), 16 (its input in half precision, from which the derivative is computed) or 32 (its input
-            unchanged). ReLU always stores 1.
-        weight_gradient: how weight gradients are computed: `"dense"`, from the unpacked tensor. (`"int8"` is
-            a reserved name, not available in this version.)
-        target_modules: modules to replace. A list: their names, or what their names end in after a dot. A string:
-            one regular expression for the whole name. None: all that can be replaced.
+            derivative), 16 (its input in half precision, from which the derivative is computed) or 32 (its
+            input unchanged). ReLU always stores 1.
+        weight_gradient: how weight gradients are computed: `"dense"`. (`"int8"` is a reserved name, not
+            available in this version.)
+        target_modules: modules to replace. A list: their names, or what their names end in after a dot. A
+            string: one regular expression for the whole name. None: all that can be replaced.
         exclude_modules: modules to leave as they are, in the same form. None: none.
-        layers_to_transform: index, or list of indices (0 and up), of the layers to which the replaced modules must
-            belong. A module's layer is the first integer in its dotted name. None: anywhere.
-        overrides: settings for some of the modules: from a pattern to the fields that differ there. The pattern is a
-            regular expression for a whole name, or for all that follows one of its dots; the first one that matches
-            holds. The fields are those in `PER_OPERATOR_FIELDS`.
+        layers_to_transform: index, or list of indices (0 and up), of the layers to which the replaced modules
+            must belong. A module's layer is the first integer in its dotted name. None: anywhere.
+        overrides: settings for some of the modules: from a pattern to the fields that differ there, out of
+            `PER_OPERATOR_FIELDS`. The pattern is a regular expression for the whole name, or for all that
+            follows one of its dots. The first that matches holds.
         min_numel: tensors of fewer elements are saved as they are (0 and up).
-        base_model_name_or_path: Hub id or folder of the model that was prepared with these settings, if known.
+        base_model_name_or_path: Hub id or folder of the model prepared with these settings, if known.
         revision: revision of that model on the Hub, if known.
 
-    A tuple or set given for a list becomes a sorted list. Regular expressions have at most `MAX_PATTERN_LENGTH`
-    characters.
+    A tuple or set given for a list becomes a sorted list. A regular expression has `MAX_PATTERN_LENGTH`
+    characters at most.
 
     Raises:
-        ValueError: a field has a value it cannot have. The message names the field, the value and what is legal.
+        ValueError: a field has a value it cannot have. The message names field, value and what is legal.
     """
 
     sparsity: float = field(
         default=0.99, metadata={"help": "Fraction of elements not kept exactly, in [0, 1)."}
     )
-    granularity: Granularity = field(
-        default="row", metadata={"help": "The set of elements that top-k runs over: row, sample or tensor."}
+    granularity: Literal["row", "sample", "tensor"] = field(
+        default="row", metadata={"help": "The set of elements that top-k runs over."}
     )
-    residual_bits: ResidualBits = field(
-        default=2, metadata={"help": "Bits (0 to 4) for what top-k leaves over; 0: it unpacks to zero."}
+    residual_bits: Bits = field(
+        default=2, metadata={"help": "Bits for what top-k leaves over; 0: none of it."}
     )
-    norm: NormStores = field(
-        default="x_hat", metadata={"help": "What a norm stores: its normalised output (x_hat) or its input."}
+    norm: Literal["x_hat", "input"] = field(
+        default="x_hat", metadata={"help": "What a norm stores: its normalised output or its input."}
     )
-    norm_bits: ResidualBits = field(
-        default=4, metadata={"help": "Bits (0 to 4) for what top-k leaves over of the tensor a norm stores."}
+    norm_bits: Bits = field(default=4, metadata={"help": "As residual_bits, for the tensor a norm stores."})
+    value_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = field(
+        default="auto", metadata={"help": "Dtype of elements kept exactly; never wider than the tensor's."}
     )
-    value_dtype: ValueDtype = field(
-        default="auto",
-        metadata={"help": "Dtype of exactly kept elements: auto, float32, bfloat16, float16 or int8."},
+    attention: Literal["recompute", "sparse"] = field(
+        default="recompute", metadata={"help": "Recompute probabilities from q, k, v, or store them sparse."}
     )
-    attention: AttentionMode = field(
-        default="recompute",
-        metadata={"help": "recompute (from q, k, v in qkv_bits) or sparse (the paper's) probabilities."},
+    qkv_bits: Literal[4, 8, 16, 32] = field(
+        default=4, metadata={"help": "Bits for q, k, v when probabilities are recomputed."}
     )
-    qkv_bits: QKVBits = field(
-        default=4, metadata={"help": "Bits for q, k, v when attention is recomputed: 4, 8, 16 or 32."}
+    activation_bits: Literal[2, 3, 4, 8, 16, 32] = field(
+        default=4, metadata={"help": "Bits for an activation's derivative (2 to 8) or input (16, 32)."}
     )
-    activation_bits: ActivationBits = field(
-        default=4,
-        metadata={"help": "Bits an activation function stores: 2, 3, 4 or 8 (derivative), 16 or 32 (input)."},
-    )
-    weight_gradient: WeightGradient = field(
-        default="dense", metadata={"help": "How weight gradients are computed: dense."}
+    weight_gradient: Literal["dense"] = field(
+        default="dense", metadata={"help": "How weight gradients are computed."}
     )
     target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Names or suffixes (list) or regex (str) of modules to replace; None: all."},
+        default=None, metadata={"help": "Names, suffixes or one regex of the modules to replace; None: all."}
     )
     exclude_modules: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Names or suffixes (list) or regex (str) of modules to leave as they are."},
+        default=None, metadata={"help": "Names, suffixes or one regex of the modules to leave as they are."}
     )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of the layers in which modules are replaced; None: all."}
     )
     overrides: dict[str, dict[str, Any]] = field(
-        default_factory=dict,
-        metadata={
-            "help": "Module pattern to fields that differ there; the first pattern that matches holds."
-        },
+        default_factory=dict, metadata={"help": "Module pattern to the fields that differ there."}
     )
-    min_numel: int = field(
-        default=0, metadata={"help": "Tensors of fewer elements than this are saved as they are."}
-    )
+    min_numel: int = field(default=0, metadata={"help": "Tensors of fewer elements are saved as they are."})
     base_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Hub id or folder of the model prepared with these settings."}
     )
@@ -192,7 +172,7 @@ class RazorConfig(PushToHubMixin):
         """A named set of settings.
 
         Args:
-            name: `"paper"` (what Back Razor's paper stores), `"lossless"` (every gradient equal to autograd's),
+            name: `"paper"` (what Back Razor's paper stores), `"lossless"` (every gradient is autograd's),
                 `"balanced"` (the defaults) or `"fast"`.
             changes: fields to set differently.
 
@@ -208,7 +188,7 @@ class RazorConfig(PushToHubMixin):
         """The settings that hold for the module called `name`.
 
         Returns:
-            With the first override whose pattern matches applied and `overrides` empty; `self` if none matches.
+            The first override whose pattern matches, applied, with `overrides` empty; `self` if none does.
         """
         for pattern, changes in self.overrides.items():
             if match_pattern(pattern, name):
@@ -241,7 +221,7 @@ class RazorConfig(PushToHubMixin):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """Write `razor_config.json`. The file appears whole or not at all; one that was there stays until then.
+        """Write `razor_config.json`. It appears whole or not at all; one that was there stays until then.
 
         Args:
             save_directory: the folder to write to, made if it does not exist.
@@ -260,7 +240,7 @@ class RazorConfig(PushToHubMixin):
             raise NotADirectoryError(
                 f"cannot save {RAZOR_CONFIG_NAME} in {folder}: it is a file, not a folder"
             )
-        # Key order is kept, for overrides depend on it. `replace` checks what was assigned since construction.
+        # Keys are not sorted: overrides depend on their order. `replace` checks what was assigned since.
         text = json.dumps(replace(self).to_dict(), indent=2) + "\n"
         folder.mkdir(parents=True, exist_ok=True)
         # Not from tempfile, whose files only their owner may read.
@@ -296,7 +276,7 @@ class RazorConfig(PushToHubMixin):
             token: access token for the Hub; True, the one that is stored.
             cache_dir: where downloads are kept.
             local_files_only: only look among those.
-            changes: fields to set differently from the file (except `revision`, which here is the repository's).
+            changes: fields that differ from the file (not `revision`, which here is the repository's).
 
         Raises:
             OSError: there is no such file, or it cannot be read or downloaded.
@@ -321,9 +301,8 @@ class RazorConfig(PushToHubMixin):
                     library_version=__version__,
                 )
             except (OSError, ValueError) as error:
-                raise OSError(
-                    f"no {RAZOR_CONFIG_NAME} in {str(name_or_path)!r}, which is not a folder, nor from the Hub: {error}"
-                ) from error
+                where = f"in {str(name_or_path)!r}, neither as a folder nor on the Hub"
+                raise OSError(f"no {RAZOR_CONFIG_NAME} {where}: {error}") from error
         try:
             data = json.loads(Path(file).read_text(encoding="utf-8"))
         except OSError as error:
@@ -336,144 +315,103 @@ class RazorConfig(PushToHubMixin):
             raise ValueError(f"{file}: {error}") from error
 
 
-# Fields that have a few legal values, and those values, as their types say.
-_CHOICES = {
-    name: get_args(hint) for name, hint in get_type_hints(RazorConfig).items() if get_origin(hint) is Literal
-}
-
-
-def _checked(name: str, value: Any) -> Any:
-    """`value` as field `name` holds it; ValueError if it cannot."""
-    if name == "overrides":
-        return _overrides(value)
-    try:
-        return _choice(name, value) if name in _CHOICES else _CHECKS[name](value)
-    except ValueError as error:
-        raise ValueError(f"{name}={_short(value)} is not legal: expected {error}") from None
-
-
-# Each of these returns the value as the field holds it, or raises ValueError with what is legal.
-
-
-def _choice(name: str, value: Any) -> Any:
-    # By type too: True == 1 and 4.0 == 4.
-    if any(type(value) is type(choice) and value == choice for choice in _CHOICES[name]):
-        return value
-    if name == "weight_gradient" and value == "int8":
-        raise ValueError('"dense"; "int8" is not available in this version, use "dense"')
-    raise ValueError(_one_of(_CHOICES[name]))
-
-
-def _fraction(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise ValueError("a number in [0, 1)")
-    return float(value)
-
-
-def _index(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError("an integer of at least 0")
-    return value
-
-
-def _layers(value: Any) -> list[int] | int | None:
-    try:
-        if value is None or isinstance(value, int):
-            return value if value is None else _index(value)
-        if layers := [_index(item) for item in _as_list(value)]:
-            return layers
-    except ValueError:
-        pass
-    raise ValueError("an integer of at least 0, a list of at least one of these, or None")
-
-
-def _modules(value: Any) -> list[str] | str | None:
-    if value is None or isinstance(value, str):
-        return value if value is None else _pattern(value)
-    with contextlib.suppress(ValueError):
-        names = _as_list(value)
-        if all(isinstance(item, str) and item for item in names):
-            return names
-    raise ValueError("a list of names, a regular expression (a string), or None")
-
-
-def _targets(value: Any) -> list[str] | str | None:
-    if (modules := _modules(value)) == []:
-        raise ValueError(
-            "a list of at least one name, a regular expression (a string), or None for all modules"
-        )
-    return modules
-
-
-def _pattern(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError("a regular expression that is not empty")
-    if len(value) > MAX_PATTERN_LENGTH:
-        raise ValueError(f"a regular expression of at most {MAX_PATTERN_LENGTH} characters, not {len(value)}")
-    try:
-        re.compile(value)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"a valid regular expression ({error})") from None
-    return value
-
-
-def _text(value: Any) -> str | None:
-    if value is not None and not isinstance(value, str):
-        raise ValueError("a string or None")
-    return value
-
-
-_CHECKS: dict[str, Callable[[Any], Any]] = {
-    "sparsity": _fraction,
-    "target_modules": _targets,
-    "exclude_modules": _modules,
-    "layers_to_transform": _layers,
-    "min_numel": _index,
-    "base_model_name_or_path": _text,
-    "revision": _text,
-}
-
-
-def _overrides(value: Any) -> dict[str, dict[str, Any]]:
-    if not isinstance(value, Mapping):
-        raise ValueError(
-            f"overrides={_short(value)} is not legal: expected a dict from patterns to dicts of fields"
-        )
-    checked: dict[str, dict[str, Any]] = {}
-    for pattern, changes in value.items():
-        where = f"overrides[{_short(pattern)}]"
-        try:
-            _pattern(pattern)
-        except ValueError as error:
-            raise ValueError(f"{where}: the pattern is not legal: expected {error}") from None
-        if not isinstance(changes, Mapping):
-            raise ValueError(f"{where}={_short(changes)} is not legal: expected a dict of fields")
-        for name, setting in changes.items():
-            if name not in PER_OPERATOR_FIELDS:
-                raise ValueError(
-                    f"{where}: {name}={_short(setting)} is not legal: expected a field out of {_one_of(PER_OPERATOR_FIELDS)}"
-                )
-        try:
-            checked[pattern] = {name: _checked(name, setting) for name, setting in changes.items()}
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-    return checked
-
-
-def _as_list(value: Any) -> list[Any]:
-    if isinstance(value, list):
-        return list(value)
-    if isinstance(value, (tuple, set, frozenset)):
-        with contextlib.suppress(TypeError):
-            return sorted(value)
-    raise ValueError
-
-
 def _one_of(choices: tuple[Any, ...]) -> str:
     *most, last = map(json.dumps, choices)
     return f"{', '.join(most)} or {last}" if most else last
 
 
+def _is_choice(value: Any, choices: tuple[Any, ...]) -> bool:
+    # By type too: True == 1 and 4.0 == 4.
+    return any(type(value) is type(choice) and value == choice for choice in choices)
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_pattern(value: Any) -> bool:
+    # Raises what re.compile does: `_checked` tells it to the user.
+    return isinstance(value, str) and 0 < len(value) <= MAX_PATTERN_LENGTH and bool(re.compile(value))
+
+
+def _is_modules(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(item, str) and item for item in value)
+    return value is None or _is_pattern(value)
+
+
+def _is_layers(value: Any) -> bool:
+    if isinstance(value, list):
+        return value != [] and all(map(_is_index, value))
+    return value is None or _is_index(value)
+
+
+_PATTERN = f"a valid regular expression of 1 to {MAX_PATTERN_LENGTH} characters"
+_TEXT = (lambda value: value is None or isinstance(value, str), "a string or None")
+
+# Field -> whether a value is legal, and what is, in words. The types of fields with a few legal values say which.
+_LEGAL: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "sparsity": (
+        lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1,
+        "a number in [0, 1)",
+    ),
+    "target_modules": (
+        lambda value: value != [] and _is_modules(value),
+        f"a list of at least one name, {_PATTERN}, or None for all modules",
+    ),
+    "exclude_modules": (_is_modules, f"a list of names, {_PATTERN}, or None"),
+    "layers_to_transform": (_is_layers, "an integer of at least 0, a list of at least one of these, or None"),
+    "min_numel": (_is_index, "an integer of at least 0"),
+    "base_model_name_or_path": _TEXT,
+    "revision": _TEXT,
+    "overrides": (lambda value: isinstance(value, Mapping), "a dict from patterns to dicts of fields"),
+} | {
+    name: (partial(_is_choice, choices=get_args(hint)), _one_of(get_args(hint)))
+    for name, hint in get_type_hints(RazorConfig).items()
+    if get_origin(hint) is Literal
+}
+
+
+def _checked(name: str, value: Any) -> Any:
+    """`value` as field `name` holds it; ValueError if it cannot."""
+    if isinstance(value, (tuple, set, frozenset)):
+        # Items that have no order are not legal either; they are told so below.
+        with contextlib.suppress(TypeError):
+            value = sorted(value)
+    if name == "weight_gradient" and value == "int8":
+        raise ValueError('weight_gradient="int8" is not available in this version: use "dense"')
+    _require(name, value, *_LEGAL[name])
+    if name == "overrides":
+        return {pattern: _checked_override(pattern, changes) for pattern, changes in value.items()}
+    if name == "sparsity":
+        return float(value)
+    return list(value) if isinstance(value, list) else value
+
+
+def _checked_override(pattern: Any, changes: Any) -> dict[str, Any]:
+    where = f"overrides[{_short(pattern)}]"
+    _require("overrides pattern", pattern, _is_pattern, _PATTERN)
+    _require(where, changes, lambda value: isinstance(value, Mapping), "a dict of fields")
+    for name, value in changes.items():
+        if name not in PER_OPERATOR_FIELDS:
+            legal = f"one of the fields {_one_of(PER_OPERATOR_FIELDS)}"
+            raise ValueError(f"{where}: {name}={_short(value)} is not legal: expected {legal}")
+    try:
+        return {name: _checked(name, value) for name, value in changes.items()}
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _require(what: str, value: Any, is_legal: Callable[[Any], bool], legal: str) -> None:
+    reason = ""
+    try:
+        if is_legal(value):
+            return
+    except (re.error, OverflowError, RecursionError) as error:
+        reason = f" ({error})"
+    raise ValueError(f"{what}={_short(value)} is not legal{reason}: expected {legal}")
+
+
 def _short(value: Any, limit: int = 200) -> str:
     text = repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}..."
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"

@@ -23,7 +23,8 @@ class Targets(Protocol):
 def matches_target(config: Targets, name: str) -> bool:
     """Whether the module called `name` is targeted: listed, not excluded, and in one of the layers asked for.
 
-    A module without a layer index in its name is in no layer: it does not match once `layers_to_transform` is set.
+    A module without a layer index in its name is in no layer, so it does not match if `layers_to_transform`
+    is set.
     """
     if config.exclude_modules is not None and _is_listed(config.exclude_modules, name):
         return False
@@ -33,10 +34,11 @@ def matches_target(config: Targets, name: str) -> bool:
 
 
 def unmatched_targets(config: Targets, names: Iterable[str]) -> list[str]:
-    """What `config` asks for and none of `names` answers, each in words, such as "target_modules entry 'querry'".
+    """What in `config` matches none of `names`, each in words, such as "target_modules entry 'querry'".
 
-    Looks at the entries of `target_modules`, the indices in `layers_to_transform` and the patterns of `overrides`, each
-    by itself. `exclude_modules` is left out: excluding what a model does not have is no mistake.
+    Looks at the entries of `target_modules`, the patterns of `overrides` and the indices in
+    `layers_to_transform`, each by itself. Not at `exclude_modules`: to exclude what a model does not have is
+    no mistake.
     """
     names = list(names)
     found = []
@@ -56,8 +58,8 @@ def unmatched_targets(config: Targets, names: Iterable[str]) -> list[str]:
 
 def match_pattern(pattern: str, name: str) -> bool:
     """Whether the regex `pattern` matches all of `name`, or all that follows one of its dots."""
-    # As PEFT reads rank_pattern. Matched part by part, since a pattern may hold what is only legal at its own start
-    # ("(?i)") or counts its own groups ("\1").
+    # As PEFT reads rank_pattern. Not put into a longer pattern as there: what is legal at a pattern's own start
+    # only, such as "(?i)", stays legal.
     parts = name.split(".")
     compiled = re.compile(pattern)
     return any(compiled.fullmatch(".".join(parts[i:])) for i in range(len(parts)))

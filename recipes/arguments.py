@@ -6,9 +6,8 @@ import argparse
 from collections.abc import Callable
 from typing import NoReturn
 
-from one_line_errors import stop, stop_on_error
-
 from hf_backrazor import RazorConfig
+from one_line_errors import stop, stop_on_error
 
 PRESETS = ("paper", "lossless", "balanced", "fast")
 
@@ -58,34 +57,24 @@ def add_shared_arguments(
     )
     data.add_argument("--dataset_config", help="configuration name, for a Hub dataset that has several")
     data.add_argument("--train_split", default="train")
-    data.add_argument(
-        "--eval_split", help="default: validation, else test, else a tenth of the training split"
-    )
+    data.add_argument("--eval_split", help="default: validation, else test, else a tenth of training")
 
     razor = parser.add_argument_group("razor")
-    razor.add_argument(
-        "--preset", choices=PRESETS, help="what is stored for the backward pass (default: balanced)"
-    )
+    razor.add_argument("--preset", choices=PRESETS, help="what is stored for backward (default: balanced)")
     razor.add_argument("--sparsity", type=fraction, help="fraction of a saved activation not kept exactly")
     razor.add_argument("--dense", action="store_true", help="train without the razor, for comparison")
 
     training = parser.add_argument_group("training")
     training.add_argument("--learning_rate", type=positive, default=learning_rate)
-    training.add_argument(
-        "--batch_size", type=count, default=batch_size, help="examples per process and step"
-    )
+    training.add_argument("--batch_size", type=count, default=batch_size, help="examples a process and step")
     training.add_argument("--eval_batch_size", type=count, default=64)
     training.add_argument("--epochs", type=count, default=epochs)
     training.add_argument("--max_steps", type=count, help="stop after this many optimizer steps")
     training.add_argument("--gradient_accumulation_steps", type=count, default=1)
-    training.add_argument(
-        "--warmup_ratio", type=fraction, default=0.1, help="share of the steps spent warming up"
-    )
+    training.add_argument("--warmup_ratio", type=fraction, default=0.1, help="share of steps for warm-up")
     training.add_argument("--weight_decay", type=positive, default=weight_decay)
     training.add_argument("--max_grad_norm", type=positive, default=1.0, help="0 turns clipping off")
-    training.add_argument(
-        "--mixed_precision", choices=("no", "fp16", "bf16"), help="default: the launcher's choice"
-    )
+    training.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: as launched")
     training.add_argument("--seed", type=whole, default=0)
 
     output = parser.add_argument_group("output")

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset, load_from_disk
+
 from one_line_errors import stop, stop_on_error
 
+TEXT = ("string", "large_string")
 BUILDERS = {
     ".csv": "csv",
     ".tsv": "csv",
@@ -39,7 +41,7 @@ def _load(name: str, config: str | None) -> Dataset | DatasetDict:
 def load_splits(
     name: str, config: str | None = None, train_split: str = "train", eval_split: str | None = None
 ) -> tuple[Dataset, Dataset]:
-    """The training and the evaluation split of a Hub dataset, a local file or folder, or a dataset saved to disk."""
+    """The training and the evaluation split of a Hub dataset or of local data."""
     with stop_on_error(f"could not load the dataset {name!r}"):
         loaded = _load(name, config)
     splits = loaded if isinstance(loaded, dict) else {train_split: loaded}
@@ -64,15 +66,13 @@ def require_column(train: Dataset, evaluation: Dataset, column: str, argument: s
     """Stop unless both splits have the column, naming the argument that chooses it."""
     for rows in (train, evaluation):
         if column not in rows.column_names:
-            stop(
-                f"the dataset has no column {column!r}, only {', '.join(rows.column_names)}: choose with {argument}"
-            )
+            stop(f"the dataset has no column {column!r}, only {', '.join(rows.column_names)}: see {argument}")
 
 
 def require_text(train: Dataset, column: str, argument: str) -> None:
     """Stop unless the column holds text."""
     feature = train.features[column]
-    if not isinstance(feature, Value) or feature.dtype not in ("string", "large_string"):
+    if not isinstance(feature, Value) or feature.dtype not in TEXT:
         stop(f"the column {column!r} holds {feature}, not text: choose with {argument}")
 
 
@@ -81,9 +81,7 @@ def with_class_labels(train: Dataset, evaluation: Dataset, column: str) -> tuple
     feature = train.features[column]
     if isinstance(feature, ClassLabel):
         names, values = feature.names, set(range(len(feature.names)))
-    elif isinstance(feature, Value) and (
-        "int" in feature.dtype or feature.dtype in ("string", "large_string", "bool")
-    ):
+    elif isinstance(feature, Value) and ("int" in feature.dtype or feature.dtype in (*TEXT, "bool")):
         values = set(train.unique(column))
         if None in values:
             stop(f"the label column {column!r} has rows without a value")
@@ -95,9 +93,7 @@ def with_class_labels(train: Dataset, evaluation: Dataset, column: str) -> tuple
     unknown = [value for rows in (train, evaluation) for value in rows.unique(column) if value not in values]
     if unknown:
         # Test splits of benchmarks often hide their labels behind -1.
-        stop(
-            f"the label column {column!r} has the value {unknown[0]!r}, which is no class of the training split"
-        )
+        stop(f"the label column {column!r} holds {unknown[0]!r}, which is no class of the training split")
     if not isinstance(feature, ClassLabel):
         classes = ClassLabel(names=names)
         position = {value: index for index, value in enumerate(sorted(values))}

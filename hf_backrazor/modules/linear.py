@@ -47,3 +47,7 @@ class RazorConv1D(RazorLinear):
 
     plain_type = Conv1D
     transposed = True
+
+    def __repr__(self) -> str:
+        # Conv1D writes its own, without `extra_repr`.
+        return f"Razor{super().__repr__().removesuffix(')')}, {self.razor_repr()})"

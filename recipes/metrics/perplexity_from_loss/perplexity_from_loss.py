@@ -1,4 +1,4 @@
-"""Perplexity from summed losses, as a module for `evaluate.load`, kept beside the recipes so that nothing is fetched."""
+"""Perplexity from summed losses, as a module for `evaluate.load` beside the recipes: nothing is fetched."""
 
 from __future__ import annotations
 
