@@ -73,31 +73,27 @@ Config = TypeVar("Config", bound="RazorConfig")
 
 @dataclass
 class RazorConfig(PushToHubMixin):
-    """What is stored of each saved activation, and in which modules. The forward pass does not depend on it.
+    """What is stored of each saved activation, and in which modules. The forward pass stays the same.
 
     The defaults are the preset `"balanced"`; `RazorConfig.preset` has the others.
 
     Args:
         sparsity: fraction of a saved activation's elements not kept exactly, in [0, 1). 0 keeps all of them.
-        granularity: the set of elements that top-k runs over: `"row"` (the last dimension), `"sample"` (all of
-            one batch item) or `"tensor"`.
+        granularity: what top-k runs over: `"row"` (last dimension), `"sample"` (batch item) or `"tensor"`.
         residual_bits: bits an element, 0 to 4, for what top-k leaves over. 0: it unpacks to zero, as in the
             paper. Otherwise it is kept as a code with one scale per row.
-        norm: the tensor a LayerNorm or RMSNorm stores: `"x_hat"`, its normalised output, or `"input"`, its
-            input, as the paper's code does.
+        norm: what a LayerNorm or RMSNorm stores: `"x_hat"`, its normalised output, or `"input"` (the paper).
         norm_bits: what `residual_bits` is, for the tensor a norm stores.
         value_dtype: dtype of the elements kept exactly: `"auto"`, `"float32"`, `"bfloat16"`, `"float16"` or
             `"int8"`; never wider than the tensor itself. `"auto"`: the tensor's own dtype at sparsity 0 or if
             it has 16 bits, bfloat16 if it has more. `"int8"`: with one scale per set that top-k runs over.
-        attention: `"recompute"` stores q, k and v in `qkv_bits` and computes the probabilities again in the
-            backward pass; `"sparse"`, the paper's, stores sparse probabilities, q, k and v, and ignores `qkv_bits`.
-        qkv_bits: bits an element of q, k and v: 4 or 8 (a code with one scale per row), 16 (half precision) or
-            32 (unchanged).
+        attention: `"recompute"` stores q, k, v in `qkv_bits` and computes probabilities again in backward;
+            `"sparse"`, the paper's, stores probabilities, q, k, v sparse and ignores `qkv_bits`.
+        qkv_bits: bits for q, k, v: 4 or 8 (a code, one scale per row), 16 (half precision) or 32 (unchanged).
         activation_bits: bits an element that an activation function stores: 2, 3, 4 or 8 (a code for its
             derivative), 16 (its input in half precision, from which the derivative is computed) or 32 (its
             input unchanged). ReLU always stores 1.
-        weight_gradient: how weight gradients are computed: `"dense"`. (`"int8"` is a reserved name, not
-            available in this version.)
+        weight_gradient: how it is computed: `"dense"`. (`"int8"` is reserved, not available in this version.)
         target_modules: modules to replace. A list: their names, or what their names end in after a dot. A
             string: one regular expression for the whole name. None: all that can be replaced.
         exclude_modules: modules to leave as they are, in the same form. None: none.
@@ -110,8 +106,7 @@ class RazorConfig(PushToHubMixin):
         base_model_name_or_path: Hub id or folder of the model prepared with these settings, if known.
         revision: revision of that model on the Hub, if known.
 
-    A tuple or set given for a list becomes a sorted list. A regular expression has `MAX_PATTERN_LENGTH`
-    characters at most.
+    Tuples and sets become sorted lists. A regular expression has at most `MAX_PATTERN_LENGTH` characters.
 
     Raises:
         ValueError: a field has a value it cannot have. The message names field, value and what is legal.
@@ -209,13 +204,10 @@ class RazorConfig(PushToHubMixin):
             ValueError: `data` is no dict, or a field has a value it cannot have.
         """
         if not isinstance(data, Mapping):
-            raise ValueError(f"a razor configuration is a JSON object (a dict), not a {type(data).__name__}")
+            raise ValueError(f"expected a JSON object (a dict), not a {type(data).__name__}")
         known = {item.name for item in fields(cls)}
-        if unknown := sorted(str(key) for key in data if key not in known):
-            warnings.warn(
-                f"ignored, as hf_backrazor {__version__} has no such setting: {', '.join(unknown)}",
-                stacklevel=2,
-            )
+        if unknown := ", ".join(sorted(str(key) for key in data if key not in known)):
+            warnings.warn(f"ignored, as hf_backrazor {__version__} does not know it: {unknown}", stacklevel=2)
         return cls(**{key: value for key, value in data.items() if key in known})
 
     def save_pretrained(
@@ -237,9 +229,7 @@ class RazorConfig(PushToHubMixin):
         kwargs.setdefault("repo_id", folder.resolve().name)
         inspect.signature(self.push_to_hub).bind(**kwargs)
         if folder.is_file():
-            raise NotADirectoryError(
-                f"cannot save {RAZOR_CONFIG_NAME} in {folder}: it is a file, not a folder"
-            )
+            raise NotADirectoryError(f"cannot save {RAZOR_CONFIG_NAME} in {folder}: it is a file")
         # Keys are not sorted: overrides depend on their order. `replace` checks what was assigned since.
         text = json.dumps(replace(self).to_dict(), indent=2) + "\n"
         folder.mkdir(parents=True, exist_ok=True)
@@ -249,8 +239,7 @@ class RazorConfig(PushToHubMixin):
             unfinished.write_text(text, encoding="utf-8")
             os.replace(unfinished, folder / RAZOR_CONFIG_NAME)
         except BaseException:
-            with contextlib.suppress(OSError):
-                unfinished.unlink()
+            unfinished.unlink(missing_ok=True)
             raise
         if push_to_hub:
             self.push_to_hub(**kwargs)
@@ -280,11 +269,10 @@ class RazorConfig(PushToHubMixin):
 
         Raises:
             OSError: there is no such file, or it cannot be read or downloaded.
-            ValueError: what is in the file is no razor configuration, or a field has a value it cannot have.
+            ValueError: the file holds no razor configuration, or a field has a value it cannot have.
             TypeError: there is no such field as one in `changes`.
         """
-        # Alone first, so that mistakes in them are not put down to the file.
-        cls(**changes)
+        cls(**changes)  # so that mistakes in them are not put down to the file
         if os.path.isdir(name_or_path):
             file = os.path.join(name_or_path, subfolder or "", RAZOR_CONFIG_NAME)
         else:
@@ -301,26 +289,19 @@ class RazorConfig(PushToHubMixin):
                     library_version=__version__,
                 )
             except (OSError, ValueError) as error:
-                where = f"in {str(name_or_path)!r}, neither as a folder nor on the Hub"
-                raise OSError(f"no {RAZOR_CONFIG_NAME} {where}: {error}") from error
+                raise OSError(f"cannot get {RAZOR_CONFIG_NAME} of {str(name_or_path)!r}: {error}") from error
         try:
-            data = json.loads(Path(file).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise OSError(f"cannot read {file}: {error.strerror or error}") from error
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file} is not valid JSON: {error}") from error
-        try:
+            data = json.loads(Path(file).read_bytes())
             return cls.from_dict({**data, **changes} if isinstance(data, dict) else data)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file} is not a razor configuration: {error}") from error
 
 
 def _one_of(choices: tuple[Any, ...]) -> str:
-    *most, last = map(json.dumps, choices)
-    return f"{', '.join(most)} or {last}" if most else last
+    return f"one of {', '.join(map(json.dumps, choices))}"
 
 
-def _is_choice(value: Any, choices: tuple[Any, ...]) -> bool:
+def _is_among(choices: tuple[Any, ...], value: Any) -> bool:
     # By type too: True == 1 and 4.0 == 4.
     return any(type(value) is type(choice) and value == choice for choice in choices)
 
@@ -330,7 +311,7 @@ def _is_index(value: Any) -> bool:
 
 
 def _is_pattern(value: Any) -> bool:
-    # Raises what re.compile does: `_checked` tells it to the user.
+    # May raise what re.compile does; `_require` passes the reason on.
     return isinstance(value, str) and 0 < len(value) <= MAX_PATTERN_LENGTH and bool(re.compile(value))
 
 
@@ -349,15 +330,15 @@ def _is_layers(value: Any) -> bool:
 _PATTERN = f"a valid regular expression of 1 to {MAX_PATTERN_LENGTH} characters"
 _TEXT = (lambda value: value is None or isinstance(value, str), "a string or None")
 
-# Field -> whether a value is legal, and what is, in words. The types of fields with a few legal values say which.
+# Field -> whether a value is legal, and what is, in words. Of Literal fields, the type says it.
 _LEGAL: dict[str, tuple[Callable[[Any], bool], str]] = {
     "sparsity": (
-        lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1,
+        lambda value: (isinstance(value, float) or _is_index(value)) and 0 <= value < 1,
         "a number in [0, 1)",
     ),
     "target_modules": (
         lambda value: value != [] and _is_modules(value),
-        f"a list of at least one name, {_PATTERN}, or None for all modules",
+        f"a list of 1 or more names, {_PATTERN}, or None",
     ),
     "exclude_modules": (_is_modules, f"a list of names, {_PATTERN}, or None"),
     "layers_to_transform": (_is_layers, "an integer of at least 0, a list of at least one of these, or None"),
@@ -366,7 +347,7 @@ _LEGAL: dict[str, tuple[Callable[[Any], bool], str]] = {
     "revision": _TEXT,
     "overrides": (lambda value: isinstance(value, Mapping), "a dict from patterns to dicts of fields"),
 } | {
-    name: (partial(_is_choice, choices=get_args(hint)), _one_of(get_args(hint)))
+    name: (partial(_is_among, get_args(hint)), _one_of(get_args(hint)))
     for name, hint in get_type_hints(RazorConfig).items()
     if get_origin(hint) is Literal
 }
@@ -375,7 +356,7 @@ _LEGAL: dict[str, tuple[Callable[[Any], bool], str]] = {
 def _checked(name: str, value: Any) -> Any:
     """`value` as field `name` holds it; ValueError if it cannot."""
     if isinstance(value, (tuple, set, frozenset)):
-        # Items that have no order are not legal either; they are told so below.
+        # What cannot be sorted is not legal either, and is told so below.
         with contextlib.suppress(TypeError):
             value = sorted(value)
     if name == "weight_gradient" and value == "int8":
@@ -389,13 +370,13 @@ def _checked(name: str, value: Any) -> Any:
 
 
 def _checked_override(pattern: Any, changes: Any) -> dict[str, Any]:
-    where = f"overrides[{_short(pattern)}]"
     _require("overrides pattern", pattern, _is_pattern, _PATTERN)
+    where = f"overrides[{_short(pattern)}]"
     _require(where, changes, lambda value: isinstance(value, Mapping), "a dict of fields")
     for name, value in changes.items():
         if name not in PER_OPERATOR_FIELDS:
-            legal = f"one of the fields {_one_of(PER_OPERATOR_FIELDS)}"
-            raise ValueError(f"{where}: {name}={_short(value)} is not legal: expected {legal}")
+            legal = _one_of(PER_OPERATOR_FIELDS)
+            raise ValueError(f"{where}: {name}={_short(value)} is not legal: expected a field, {legal}")
     try:
         return {name: _checked(name, value) for name, value in changes.items()}
     except ValueError as error:

@@ -58,8 +58,7 @@ def unmatched_targets(config: Targets, names: Iterable[str]) -> list[str]:
 
 def match_pattern(pattern: str, name: str) -> bool:
     """Whether the regex `pattern` matches all of `name`, or all that follows one of its dots."""
-    # As PEFT reads rank_pattern. Not put into a longer pattern as there: what is legal at a pattern's own start
-    # only, such as "(?i)", stays legal.
+    # As PEFT reads rank_pattern, but not put into a longer pattern: "(?i)" is legal only at the start of one.
     parts = name.split(".")
     compiled = re.compile(pattern)
     return any(compiled.fullmatch(".".join(parts[i:])) for i in range(len(parts)))

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from hf_backrazor import RazorConfig
+from hf_backrazor.config import PRESETS
 from one_line_errors import stop, stop_on_error
-
-PRESETS = ("paper", "lossless", "balanced", "fast")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -69,7 +68,7 @@ def add_shared_arguments(
     training.add_argument("--batch_size", type=count, default=batch_size, help="examples a process and step")
     training.add_argument("--eval_batch_size", type=count, default=64)
     training.add_argument("--epochs", type=count, default=epochs)
-    training.add_argument("--max_steps", type=count, help="stop after this many optimizer steps")
+    training.add_argument("--max_steps", type=count, help="optimizer steps, instead of --epochs")
     training.add_argument("--gradient_accumulation_steps", type=count, default=1)
     training.add_argument("--warmup_ratio", type=fraction, default=0.1, help="share of steps for warm-up")
     training.add_argument("--weight_decay", type=positive, default=weight_decay)

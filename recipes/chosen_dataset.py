@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset, load_from_disk
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset, load_from_disk
+from datasets.config import PIL_AVAILABLE
 
 from one_line_errors import stop, stop_on_error
 
@@ -76,6 +78,22 @@ def require_text(train: Dataset, column: str, argument: str) -> None:
         stop(f"the column {column!r} holds {feature}, not text: choose with {argument}")
 
 
+def require_images(train: Dataset, column: str, argument: str) -> int:
+    """Stop unless the column holds images, as files or as arrays of bytes, and return their channels."""
+    if isinstance(train.features[column], Image):
+        if not PIL_AVAILABLE:
+            stop(f"the column {column!r} holds image files, which take Pillow to read: pip install pillow")
+        return 3
+    try:
+        first = np.array(train[0][column])
+    except ValueError:
+        first = np.array(None)
+    channels = 1 if first.ndim == 2 else first.shape[-1] if first.ndim == 3 else 0
+    if channels not in (1, 3) or first.dtype.kind not in "iu" or first.min() < 0 or first.max() > 255:
+        stop(f"the column {column!r} holds neither images nor arrays of bytes: choose with {argument}")
+    return channels
+
+
 def with_class_labels(train: Dataset, evaluation: Dataset, column: str) -> tuple[Dataset, Dataset, list[str]]:
     """Make the label column count classes from 0, the same in both splits, and return the classes' names."""
     feature = train.features[column]
@@ -88,6 +106,13 @@ def with_class_labels(train: Dataset, evaluation: Dataset, column: str) -> tuple
         names = [str(value) for value in sorted(values)]
     else:
         stop(f"the label column {column!r} holds {feature}, not classes: choose with --label_column")
+    if (
+        ClassLabel in (type(feature), type(evaluation.features[column]))
+        and evaluation.features[column] != feature
+    ):
+        stop(
+            f"the label column {column!r} has other classes in the evaluation split than in the training split"
+        )
     if len(names) < 2:
         stop(f"the label column {column!r} has fewer than two classes")
     unknown = [value for rows in (train, evaluation) for value in rows.unique(column) if value not in values]
@@ -99,7 +124,8 @@ def with_class_labels(train: Dataset, evaluation: Dataset, column: str) -> tuple
         position = {value: index for index, value in enumerate(sorted(values))}
         train, evaluation = (
             rows.map(
-                lambda row: {column: position[row[column]]},
+                lambda value: {column: position[value]},
+                input_columns=[column],
                 features=type(rows.features)({**rows.features, column: classes}),
             )
             for rows in (train, evaluation)

@@ -1,6 +1,6 @@
 """A text classification task that needs no download: which library does this docstring come from?
 
-The texts are the docstrings of libraries that the recipes install anyway. Their source is parsed with `ast` and
+The texts are the docstrings of libraries that the recipes install anyway. Their source is parsed with `ast`,
 never imported. Every library's name is masked in every text: style and subject have to give it away.
 """
 
@@ -45,8 +45,8 @@ TEST_FILES = 0.25
 def _name_pattern() -> re.Pattern[str]:
     names = [name for library, others in LIBRARIES.items() for name in (library, *others)]
     # A long name is masked with all of the dotted or underscored word around it (`torch.nn.Linear`,
-    # `is_torch_tensor`), a two-letter alias only as a word with what hangs on it (`np.array`), or `input` would
-    # go too.
+    # `is_torch_tensor`), a two-letter alias only as a word with what hangs on it (`np.array`), or half of
+    # `input` would go too.
     long = "|".join(re.escape(name) for name in names if len(name) > 2)
     short = "|".join(name for name in names if len(name) <= 2)
     return re.compile(rf"[\w.\-]*(?:{long})[\w\-]*(?:\.\w+)*|\b(?:{short})\b(?:\.\w+)*", re.IGNORECASE)
@@ -106,10 +106,10 @@ def _collect(root: Path, files: list[Path], limit: int, seen: set[str]) -> list[
 
 
 def docstring_task(train_per_library: int = 300, test_per_library: int = 75, seed: int = 0) -> DatasetDict:
-    """Build the task: columns `text`, `label` and `file`, and as many texts from each library as from any other.
+    """Build the task: columns `text`, `label` and `file`, with equally many texts from each library.
 
-    The same library versions and the same seed give the same texts in the same order. A file lends its docstrings
-    to one split only, and no text is used twice.
+    The same library versions and the same seed give the same texts in the same order. A file lends its
+    docstrings to one split only, and no text is used twice.
     """
     shuffle = random.Random(seed)
     seen: set[str] = set()

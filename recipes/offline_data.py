@@ -33,7 +33,7 @@ def minilm_folder() -> str:
 
 
 def handwritten_digits() -> DatasetDict:
-    """scikit-learn's 1797 scanned digits of 8 x 8 grey pixels, a fifth held out; columns `image` and `label`."""
+    """scikit-learn's 1797 scanned digits of 8 x 8 grey pixels, a fifth held out; columns `image`, `label`."""
     digits = load_digits()
     # Stored in 17 grey levels; bytes are what every image processor expects.
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)

@@ -11,8 +11,8 @@ from typing import NoReturn
 
 def stop(message: str) -> NoReturn:
     """End the recipe with one line on stderr and exit code 2."""
-    # Every process of a launch meets the same mistake; the first one speaks for all. The launcher's variable is
-    # read because arguments are checked before there is an Accelerator to ask.
+    # Every process of a launch meets the same mistake; the first one speaks for all. The launcher's variable
+    # is read because arguments are checked before there is an Accelerator to ask.
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)

@@ -32,7 +32,7 @@ def check_run_folder(output_dir: str, overwrite: bool) -> None:
 
 
 def save_run(output_dir: str, metrics: dict[str, Any], *savers: Callable[[str], Any]) -> None:
-    """Call each saver (`model.save_pretrained`, ...) with one folder and move what it holds to `output_dir`."""
+    """Call each saver (`model.save_pretrained`, ...) with one folder and move its files to `output_dir`."""
     folder = Path(output_dir)
     # Beside the target and not in /tmp: a rename is atomic only within one file system.
     stage = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder))
@@ -53,8 +53,8 @@ def save_run(output_dir: str, metrics: dict[str, Any], *savers: Callable[[str], 
 
 def _remove_earlier_run(folder: Path) -> None:
     # Only what the earlier run itself listed: a dense run must not leave its predecessor's razor_config.json
-    # beside its model, and nobody's other files are ours to delete. The metrics.json goes first, so that a folder
-    # of mixed files never passes for a finished run.
+    # beside its model, and nobody's other files are ours to delete. The metrics.json goes first, so that a
+    # folder of mixed files never passes for a finished run.
     earlier = folder / METRICS
     if not earlier.exists():
         return

@@ -64,32 +64,34 @@ def main() -> None:
     check_run_folder(args.output_dir, args.overwrite_output_dir)
     config = razor_config(args)
 
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        # Batches in the same order on any number of processes, razor or dense.
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
-    )
+    with stop_on_error("could not start Accelerate"):
+        accelerator = Accelerator(
+            mixed_precision=args.mixed_precision,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            # The seed alone orders the batches, so that razor and dense runs see the same ones.
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        )
+    hide_progress = not accelerator.is_local_main_process
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     set_seed(args.seed)
 
-    # Data. One process goes first, so that the others find what it cached.
-    with accelerator.main_process_first():
-        if args.dataset is None:
-            splits = docstring_task()
-            train_rows, eval_rows = splits["train"], splits["test"]
-        else:
+    if args.dataset is None:
+        splits = docstring_task()
+        train_rows, eval_rows = splits["train"], splits["test"]
+    else:
+        # One process goes first, so that the others find what it cached.
+        with accelerator.main_process_first():
             train_rows, eval_rows = load_splits(
                 args.dataset, args.dataset_config, args.train_split, args.eval_split
             )
-        require_column(train_rows, eval_rows, args.text_column, "--text_column")
-        require_column(train_rows, eval_rows, args.label_column, "--label_column")
-        require_text(train_rows, args.text_column, "--text_column")
-        train_rows, eval_rows, class_names = with_class_labels(train_rows, eval_rows, args.label_column)
+    require_column(train_rows, eval_rows, args.text_column, "--text_column")
+    require_column(train_rows, eval_rows, args.label_column, "--label_column")
+    require_text(train_rows, args.text_column, "--text_column")
+    train_rows, eval_rows, class_names = with_class_labels(train_rows, eval_rows, args.label_column)
 
-    # Model and tokenizer. Weights train in float32; --mixed_precision sets what the forward pass computes in.
+    # Weights train in float32; --mixed_precision sets what the forward pass computes in.
     name = args.model or minilm_folder()
     with stop_on_error(f"could not load the model {name!r}"):
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -104,8 +106,9 @@ def main() -> None:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    if not 2 < args.max_length <= tokenizer.model_max_length:
-        stop(f"--max_length {args.max_length} is not between 3 and the model's {tokenizer.model_max_length}")
+    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", math.inf))
+    if not 3 <= args.max_length <= longest:
+        stop(f"--max_length {args.max_length} is not between 3 and the model's {longest}")
 
     def tokenize(rows: dict[str, list]) -> dict[str, list]:
         # A missing text is an empty one.
@@ -120,29 +123,28 @@ def main() -> None:
     train_loader = DataLoader(train_set, batch_size=args.batch_size, shuffle=True, collate_fn=collate)
     eval_loader = DataLoader(eval_set, batch_size=args.eval_batch_size, collate_fn=collate)
 
-    # The razor: one call. The report needs the plain model, so it comes before accelerator.prepare wraps it.
+    # The razor is one call. The report comes before accelerator.prepare, which may wrap the model.
     model.to(accelerator.device)
     if config is not None:
-        model = get_razor_model(model, config)
+        with stop_on_error("the razor cannot be put into this model"):
+            model = get_razor_model(model, config)
     dense_bytes, razor_bytes = 0, None
     if accelerator.is_main_process:
         first = [train_set[index] for index in range(min(args.batch_size, len(train_set)))]
         batch = collate(first).to(accelerator.device)
-        if config is None:
-            dense_bytes = measure_saved_bytes(model, **batch).total
-        else:
-            report = model.memory_report(**batch)
-            dense_bytes, razor_bytes = report.dense_bytes, report.razor_bytes
-            print(report)
+        with accelerator.autocast():
+            if config is None:
+                dense_bytes = measure_saved_bytes(model, **batch).total
+            else:
+                report = model.memory_report(**batch)
+                dense_bytes, razor_bytes = report.dense_bytes, report.razor_bytes
+                print(report)
     accelerator.wait_for_everyone()
 
     # Biases and norms are left out of weight decay.
-    decayed = [
-        parameter for parameter in model.parameters() if parameter.requires_grad and parameter.ndim > 1
-    ]
-    others = [
-        parameter for parameter in model.parameters() if parameter.requires_grad and parameter.ndim <= 1
-    ]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in trained if parameter.ndim > 1]
+    others = [parameter for parameter in trained if parameter.ndim <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=args.learning_rate,
@@ -162,7 +164,7 @@ def main() -> None:
 
     history: list[dict[str, float]] = []
     step_seconds: list[float] = []
-    progress = tqdm(total=total_steps, desc="training", disable=not accelerator.is_local_main_process)
+    progress = tqdm(total=total_steps, desc="training", disable=hide_progress)
     started = time.perf_counter()
     while len(step_seconds) < total_steps:
         model.train()
@@ -189,9 +191,7 @@ def main() -> None:
                 break
 
         model.eval()
-        for batch in tqdm(
-            eval_loader, "evaluating", leave=False, disable=not accelerator.is_local_main_process
-        ):
+        for batch in tqdm(eval_loader, "evaluating", leave=False, disable=hide_progress):
             labels = batch.pop("labels")
             with torch.no_grad():
                 predictions = model(**batch).logits.argmax(-1)

@@ -1,8 +1,4 @@
-"""An image processor for the small ViT that the image recipe trains from scratch.
-
-Transformers' own need Pillow or torchvision, which arrays of pixels can do without. What this one saves is read
-back as a `ViTImageProcessor`, which computes the same pixel values.
-"""
+"""From images to pixel values, with or without Pillow."""
 
 from __future__ import annotations
 
@@ -18,6 +14,12 @@ BILINEAR = 2  # Pillow's number for it, which is what a saved image processor ho
 
 
 class PlainImageProcessor:
+    """The image processor of the small ViT that the image recipe trains from scratch.
+
+    Transformers' own need Pillow or torchvision, which arrays of pixels can do without. What this one saves
+    is read back as a `ViTImageProcessor`, which computes the same pixel values.
+    """
+
     def __init__(self, size: int, channels: int) -> None:
         self.size = size
         self.channels = channels
@@ -56,3 +58,13 @@ class PlainImageProcessor:
         }
         path = Path(folder) / "preprocessor_config.json"
         path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def as_pil_image(image: Any, channels: int) -> Any:
+    """A PIL image or an array of bytes as a PIL image, grey if it is to have one channel."""
+    # Here and not above: only models that are not trained from scratch need Pillow.
+    from PIL.Image import fromarray
+
+    if not hasattr(image, "convert"):
+        image = fromarray(np.array(image, dtype=np.uint8).squeeze())
+    return image.convert("L" if channels == 1 else "RGB")

@@ -1,0 +1,251 @@
+"""Train a model for image classification with Back Razor.
+
+    accelerate launch recipes/image_classification.py
+
+needs no download: it trains a small ViT from scratch on scikit-learn's handwritten digits. `--model` and
+`--dataset` take Hub ids or local folders (with Pillow installed); `--dense` trains without the razor, for
+comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import evaluate
+import torch
+import transformers
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ViTConfig,
+    default_data_collator,
+    get_linear_schedule_with_warmup,
+)
+from transformers.utils import is_vision_available
+
+from arguments import OneLineParser, add_shared_arguments, count, razor_config
+from chosen_dataset import load_splits, require_column, require_images, with_class_labels
+from hf_backrazor import get_razor_model, measure_saved_bytes
+from image_pixels import PlainImageProcessor, as_pil_image
+from offline_data import handwritten_digits
+from one_line_errors import stop, stop_on_error
+from run_folder import (
+    check_run_folder,
+    closing_table,
+    library_versions,
+    median_step_seconds,
+    save_run,
+    saved_bytes_summary,
+)
+
+METRIC = Path(__file__).parent / "metrics" / "accuracy"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image_column", default="image")
+    parser.add_argument("--label_column", default="label")
+    parser.add_argument("--image_size", type=count, help="of the default model (8 for digits, else 32)")
+    parser.add_argument("--patch_size", type=count, help="of the default model (2 for digits, else 4)")
+    add_shared_arguments(
+        parser, output_dir="runs/image_classification", learning_rate=1e-3, batch_size=32, epochs=15
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    check_run_folder(args.output_dir, args.overwrite_output_dir)
+    config = razor_config(args)
+
+    with stop_on_error("could not start Accelerate"):
+        accelerator = Accelerator(
+            mixed_precision=args.mixed_precision,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            # The seed alone orders the batches, so that razor and dense runs see the same ones.
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        )
+    hide_progress = not accelerator.is_local_main_process
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    set_seed(args.seed)
+
+    if args.dataset is None:
+        splits = handwritten_digits()
+        train_rows, eval_rows = splits["train"], splits["test"]
+    else:
+        # One process goes first, so that the others find what it cached.
+        with accelerator.main_process_first():
+            train_rows, eval_rows = load_splits(
+                args.dataset, args.dataset_config, args.train_split, args.eval_split
+            )
+    require_column(train_rows, eval_rows, args.image_column, "--image_column")
+    require_column(train_rows, eval_rows, args.label_column, "--label_column")
+    channels = require_images(train_rows, args.image_column, "--image_column")
+    train_rows, eval_rows, class_names = with_class_labels(train_rows, eval_rows, args.label_column)
+
+    labels = {
+        "num_labels": len(class_names),
+        "id2label": dict(enumerate(class_names)),
+        "label2id": {label: index for index, label in enumerate(class_names)},
+    }
+    if args.model is None:
+        image_size = args.image_size or (8 if args.dataset is None else 32)
+        patch_size = args.patch_size or (2 if args.dataset is None else 4)
+        if image_size % patch_size:
+            stop(f"--image_size {image_size} is not a multiple of --patch_size {patch_size}")
+        processor = PlainImageProcessor(image_size, channels)
+        small_vit = ViTConfig(
+            image_size=image_size,
+            patch_size=patch_size,
+            num_channels=channels,
+            hidden_size=96,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            **labels,
+        )
+        model = AutoModelForImageClassification.from_config(small_vit)
+    else:
+        if args.image_size or args.patch_size:
+            stop("--image_size and --patch_size shape the default model: leave them out with --model")
+        if not is_vision_available():
+            stop("--model needs Pillow for its image processor: pip install pillow")
+        # Weights train in float32; --mixed_precision sets what the forward pass computes in.
+        with stop_on_error(f"could not load the model {args.model!r}"):
+            processor = AutoImageProcessor.from_pretrained(args.model)
+            model = AutoModelForImageClassification.from_pretrained(
+                args.model, ignore_mismatched_sizes=True, dtype=torch.float32, **labels
+            )
+
+    def read_images(rows: dict[str, list]) -> dict[str, Any]:
+        images = rows[args.image_column]
+        if args.model is not None:
+            images = [as_pil_image(image, getattr(model.config, "num_channels", 3)) for image in images]
+        pixel_values = processor(images, return_tensors="pt")["pixel_values"]
+        return {"pixel_values": pixel_values, "labels": rows[args.label_column]}
+
+    # Read when a batch asks for them: a data set of images may not fit in memory.
+    train_set = train_rows.with_transform(read_images)
+    eval_set = eval_rows.with_transform(read_images)
+    collate = default_data_collator
+    train_loader = DataLoader(train_set, batch_size=args.batch_size, shuffle=True, collate_fn=collate)
+    eval_loader = DataLoader(eval_set, batch_size=args.eval_batch_size, collate_fn=collate)
+
+    # The razor is one call. The report comes before accelerator.prepare, which may wrap the model.
+    model.to(accelerator.device)
+    if config is not None:
+        with stop_on_error("the razor cannot be put into this model"):
+            model = get_razor_model(model, config)
+    dense_bytes, razor_bytes = 0, None
+    if accelerator.is_main_process:
+        first = [train_set[index] for index in range(min(args.batch_size, len(train_set)))]
+        batch = {name: tensor.to(accelerator.device) for name, tensor in collate(first).items()}
+        with accelerator.autocast():
+            if config is None:
+                dense_bytes = measure_saved_bytes(model, **batch).total
+            else:
+                report = model.memory_report(**batch)
+                dense_bytes, razor_bytes = report.dense_bytes, report.razor_bytes
+                print(report)
+    accelerator.wait_for_everyone()
+
+    # Biases and norms are left out of weight decay.
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in trained if parameter.ndim > 1]
+    others = [parameter for parameter in trained if parameter.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=args.learning_rate,
+    )
+    model, optimizer, train_loader, eval_loader = accelerator.prepare(
+        model, optimizer, train_loader, eval_loader
+    )
+
+    steps_per_epoch = math.ceil(len(train_loader) / args.gradient_accumulation_steps)
+    total_steps = args.max_steps or args.epochs * steps_per_epoch
+    # Not prepared: a prepared schedule advances once for each process, this one once for each optimizer step.
+    schedule = get_linear_schedule_with_warmup(optimizer, int(args.warmup_ratio * total_steps), total_steps)
+    with accelerator.main_process_first():
+        metric = evaluate.load(str(METRIC), keep_in_memory=True)
+    # Each process draws its own dropout.
+    set_seed(args.seed, device_specific=True)
+
+    history: list[dict[str, float]] = []
+    step_seconds: list[float] = []
+    progress = tqdm(total=total_steps, desc="training", disable=hide_progress)
+    started = time.perf_counter()
+    while len(step_seconds) < total_steps:
+        model.train()
+        losses: list[float] = []
+        step_started = time.perf_counter()
+        for batch in train_loader:
+            with accelerator.accumulate(model):
+                loss = model(**batch).loss
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and args.max_grad_norm > 0:
+                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            # item() waits for the device, so the clock below stops when the work does.
+            losses.append(loss.item())
+            if accelerator.sync_gradients:
+                if not accelerator.optimizer_step_was_skipped:
+                    schedule.step()
+                step_seconds.append(time.perf_counter() - step_started)
+                step_started = time.perf_counter()
+                progress.update()
+                progress.set_postfix(loss=f"{losses[-1]:.3f}")
+            if len(step_seconds) == total_steps:
+                break
+
+        model.eval()
+        for batch in tqdm(eval_loader, "evaluating", leave=False, disable=hide_progress):
+            labels = batch.pop("labels")
+            with torch.no_grad():
+                predictions = model(**batch).logits.argmax(-1)
+            # Drops the examples that were repeated to fill the last batch of every process.
+            predictions, labels = accelerator.gather_for_metrics((predictions, labels))
+            metric.add_batch(predictions=predictions, references=labels)
+        scores = metric.compute()
+        history.append({"step": len(step_seconds), "train_loss": sum(losses) / len(losses), **scores})
+    progress.close()
+    train_seconds = time.perf_counter() - started
+
+    if accelerator.is_main_process:
+        saved_bytes = saved_bytes_summary(dense_bytes, razor_bytes)
+        step = median_step_seconds(step_seconds)
+        metrics = {
+            **scores,
+            "saved_bytes": saved_bytes,
+            "median_step_seconds": step,
+            "train_seconds": train_seconds,
+            "steps": total_steps,
+            "processes": accelerator.num_processes,
+            "history": history,
+            "arguments": vars(args),
+            "versions": library_versions(),
+        }
+        save_run(
+            args.output_dir,
+            metrics,
+            accelerator.unwrap_model(model).save_pretrained,
+            processor.save_pretrained,
+        )
+        print(closing_table(scores, saved_bytes, step))
+        print(f"saved to {args.output_dir}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

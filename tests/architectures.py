@@ -1,0 +1,192 @@
+"""Tiny models of many architectures, each with a batch that gives a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as hf
+from transformers import PreTrainedModel
+
+
+Batch = dict[str, Any]
+VOCABULARY, BATCH, LENGTH = 64, 3, 12
+
+_SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+_DECODER = {**_SIZES, "num_key_value_heads": 2, "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 1}
+_IMAGE = {**_SIZES, "image_size": 32, "patch_size": 8}
+
+
+def _tokens() -> torch.Tensor:
+    return torch.randint(2, VOCABULARY, (BATCH, LENGTH))
+
+
+def _padding() -> torch.Tensor:
+    lengths = torch.tensor([LENGTH, LENGTH - 5, LENGTH - 2])
+    return (torch.arange(LENGTH) < lengths[:, None]).long()
+
+
+def _classified_text(model: PreTrainedModel) -> Batch:
+    return {"input_ids": _tokens(), "attention_mask": _padding(), "labels": torch.tensor([0, 1, 1])}
+
+
+def _language(model: PreTrainedModel) -> Batch:
+    tokens = _tokens()
+    return {"input_ids": tokens, "attention_mask": _padding(), "labels": tokens}
+
+
+def _unpadded(model: PreTrainedModel) -> Batch:
+    tokens = _tokens()
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def _classified_images(model: PreTrainedModel) -> Batch:
+    return {"pixel_values": torch.randn(BATCH, 3, 32, 32), "labels": torch.tensor([0, 1, 1])}
+
+
+def _sequence_to_sequence(model: PreTrainedModel) -> Batch:
+    return {"input_ids": _tokens(), "attention_mask": _padding(), "labels": _tokens()}
+
+
+def _image_and_text(model: PreTrainedModel) -> Batch:
+    return {
+        "pixel_values": torch.randn(BATCH, 3, 32, 32),
+        "input_ids": _tokens(),
+        "attention_mask": _padding(),
+        "return_loss": True,
+    }
+
+
+def _speech(model: PreTrainedModel) -> Batch:
+    return {"input_features": torch.randn(BATCH, 16, 40), "labels": _tokens()}
+
+
+_Make = tuple[type[PreTrainedModel], Callable[[], Any], Callable[[PreTrainedModel], Batch]]
+
+ARCHITECTURES: dict[str, _Make] = {
+    "vit": (hf.ViTForImageClassification, lambda: hf.ViTConfig(**_IMAGE), _classified_images),
+    "bert": (
+        hf.BertForSequenceClassification,
+        lambda: hf.BertConfig(vocab_size=VOCABULARY, **_SIZES),
+        _classified_text,
+    ),
+    "gpt2": (
+        hf.GPT2LMHeadModel,
+        lambda: hf.GPT2Config(
+            vocab_size=VOCABULARY, n_embd=48, n_layer=2, n_head=4, n_positions=32, bos_token_id=0, eos_token_id=1
+        ),
+        _language,
+    ),
+    "distilbert": (
+        hf.DistilBertForSequenceClassification,
+        lambda: hf.DistilBertConfig(vocab_size=VOCABULARY, dim=48, n_layers=2, n_heads=4, hidden_dim=96),
+        _classified_text,
+    ),
+    "roberta": (
+        hf.RobertaForMaskedLM,
+        lambda: hf.RobertaConfig(vocab_size=VOCABULARY, max_position_embeddings=40, **_SIZES),
+        _language,
+    ),
+    "albert": (
+        hf.AlbertForSequenceClassification,
+        lambda: hf.AlbertConfig(vocab_size=VOCABULARY, embedding_size=24, hidden_dropout_prob=0.1, **_SIZES),
+        _classified_text,
+    ),
+    "electra": (
+        hf.ElectraForSequenceClassification,
+        lambda: hf.ElectraConfig(vocab_size=VOCABULARY, embedding_size=24, **_SIZES),
+        _classified_text,
+    ),
+    "deit": (hf.DeiTForImageClassification, lambda: hf.DeiTConfig(**_IMAGE), _classified_images),
+    "dinov2": (
+        hf.Dinov2ForImageClassification,
+        lambda: hf.Dinov2Config(image_size=32, patch_size=8, hidden_size=48, num_hidden_layers=2, num_attention_heads=4),
+        _classified_images,
+    ),
+    "llama": (hf.LlamaForCausalLM, lambda: hf.LlamaConfig(vocab_size=VOCABULARY, **_DECODER), _language),
+    "qwen2": (hf.Qwen2ForCausalLM, lambda: hf.Qwen2Config(vocab_size=VOCABULARY, **_DECODER), _language),
+    "qwen3": (hf.Qwen3ForCausalLM, lambda: hf.Qwen3Config(vocab_size=VOCABULARY, head_dim=12, **_DECODER), _unpadded),
+    "mistral": (hf.MistralForCausalLM, lambda: hf.MistralConfig(vocab_size=VOCABULARY, **_DECODER), _unpadded),
+    "gemma": (hf.GemmaForCausalLM, lambda: hf.GemmaConfig(vocab_size=VOCABULARY, head_dim=12, **_DECODER), _language),
+    "gpt_neox": (
+        hf.GPTNeoXForCausalLM,
+        lambda: hf.GPTNeoXConfig(
+            vocab_size=VOCABULARY, max_position_embeddings=32, hidden_dropout=0.1, attention_dropout=0.1, **_SIZES
+        ),
+        _language,
+    ),
+    "opt": (
+        hf.OPTForCausalLM,
+        lambda: hf.OPTConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            ffn_dim=96,
+            word_embed_proj_dim=48,
+            max_position_embeddings=32,
+        ),
+        _language,
+    ),
+    "t5": (
+        hf.T5ForConditionalGeneration,
+        lambda: hf.T5Config(
+            vocab_size=VOCABULARY, d_model=48, d_kv=12, d_ff=96, num_layers=2, num_heads=4, decoder_start_token_id=0
+        ),
+        _sequence_to_sequence,
+    ),
+    "bart": (
+        hf.BartForConditionalGeneration,
+        lambda: hf.BartConfig(
+            vocab_size=VOCABULARY,
+            d_model=48,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=96,
+            decoder_ffn_dim=96,
+            max_position_embeddings=32,
+        ),
+        _sequence_to_sequence,
+    ),
+    "clip": (
+        hf.CLIPModel,
+        lambda: hf.CLIPConfig(
+            text_config={**_SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": 32, "eos_token_id": 1},
+            vision_config=_IMAGE,
+            projection_dim=32,
+        ),
+        _image_and_text,
+    ),
+    "whisper": (
+        hf.WhisperForConditionalGeneration,
+        lambda: hf.WhisperConfig(
+            vocab_size=VOCABULARY,
+            num_mel_bins=16,
+            d_model=48,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=96,
+            decoder_ffn_dim=96,
+            max_source_positions=20,
+            max_target_positions=32,
+            dropout=0.1,
+            pad_token_id=0,
+            bos_token_id=0,
+            eos_token_id=1,
+            decoder_start_token_id=0,
+        ),
+        _speech,
+    ),
+}
+
+
+def make(name: str, attention: str = "sdpa") -> tuple[PreTrainedModel, Batch]:
+    """A freshly initialised model in training mode, and a batch for it."""
+    model_class, config, batch = ARCHITECTURES[name]
+    model = model_class._from_config(config(), attn_implementation=attention)
+    return model.train(), batch(model)

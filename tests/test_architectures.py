@@ -1,0 +1,64 @@
+"""Every architecture: forward to the bit, gradients, state dict, saving, unloading."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, Batch, make
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_backrazor import RazorConfig, get_razor_model
+
+
+def step(model: PreTrainedModel, batch: Batch) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Tensors of the output, and gradients, of one training step with a fixed seed."""
+    model.zero_grad()
+    torch.manual_seed(7)
+    output = model(**batch)
+    output.loss.backward()
+    tensors = {name: value for name, value in output.items() if isinstance(value, torch.Tensor)}
+    return tensors, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_forward(output: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert output.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(output[name], expected[name]), name
+
+
+@pytest.mark.filterwarnings("ignore:saved dense")
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_forward_is_bit_equal_and_lossless_gradients_are_autograds(name: str, attention: str) -> None:
+    dense, batch = make(name, attention)
+    keys, parameters = list(dense.state_dict()), list(dense.parameters())
+    razor = get_razor_model(copy.deepcopy(dense), RazorConfig.preset("lossless"))
+    assert list(razor.state_dict()) == keys
+    expected, expected_grads = step(dense, batch)
+    output, grads = step(razor, batch)
+    assert_same_forward(output, expected)
+    assert grads.keys() == expected_grads.keys()
+    for parameter, grad in expected_grads.items():
+        torch.testing.assert_close(grads[parameter], grad, rtol=1e-3, atol=1e-5, msg=lambda m, p=parameter: f"{p}: {m}")
+
+    razor.unload()
+    assert type(razor) is type(dense)
+    assert repr(razor) == repr(dense)
+
+    for config in (RazorConfig.preset("paper", sparsity=0.9), RazorConfig(), RazorConfig.preset("fast")):
+        assert get_razor_model(razor, config) is razor
+        assert isinstance(razor, type(dense))
+        assert list(razor.state_dict()) == keys
+        assert [p.shape for p in razor.parameters()] == [p.shape for p in parameters]
+        output, grads = step(razor, batch)
+        assert_same_forward(output, expected)
+        assert grads.keys() == expected_grads.keys()
+        assert all(grad.isfinite().all() for grad in grads.values())
+        flat, flat_expected = (torch.cat([g[k].flatten() for k in expected_grads]) for g in (grads, expected_grads))
+        assert nn.functional.cosine_similarity(flat, flat_expected, dim=0) > 0.6
+        report = razor.memory_report(**batch)
+        assert report.razor_bytes < 0.6 * report.dense_bytes
+        razor.unload()
