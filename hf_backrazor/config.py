@@ -47,7 +47,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "residual_bits": 0,
         "norm": "input",
         "norm_bits": 0,
-        "value_dtype": "float32",
+        "value_dtype": "float16",
         "attention": "sparse",
         "activation_bits": 16,
     },

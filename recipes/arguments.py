@@ -35,6 +35,7 @@ count = _number(int, 1)
 whole = _number(int, 0)
 positive = _number(float, 0)
 fraction = _number(float, 0, below=1)
+nonzero_fraction = _number(float, 0.01, below=1)
 
 
 def add_shared_arguments(

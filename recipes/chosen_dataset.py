@@ -110,9 +110,7 @@ def with_class_labels(train: Dataset, evaluation: Dataset, column: str) -> tuple
         ClassLabel in (type(feature), type(evaluation.features[column]))
         and evaluation.features[column] != feature
     ):
-        stop(
-            f"the label column {column!r} has other classes in the evaluation split than in the training split"
-        )
+        stop(f"the label column {column!r} has other classes in the evaluation split than in training")
     if len(names) < 2:
         stop(f"the label column {column!r} has fewer than two classes")
     unknown = [value for rows in (train, evaluation) for value in rows.unique(column) if value not in values]

@@ -2,9 +2,9 @@
 
     accelerate launch recipes/language_modeling.py --objective causal
 
-needs no download: it trains a small GPT-2 (or BERT, with `--objective masked`) and its tokenizer from scratch on the
-help topics that come with Python. `--model` and `--dataset` take Hub ids or local folders; `--dense` trains without
-the razor, for comparison.
+needs no download: it trains a small GPT-2 (or BERT, with `--objective masked`) and its tokenizer from scratch on
+the help topics that come with Python. `--model` and `--dataset` take Hub ids or local folders; `--dense` trains
+without the razor, for comparison.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -34,7 +35,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from arguments import OneLineParser, add_shared_arguments, count, fraction, razor_config
+from arguments import OneLineParser, add_shared_arguments, count, nonzero_fraction, razor_config
 from chosen_dataset import load_splits, require_column, require_text
 from hf_backrazor import get_razor_model, measure_saved_bytes
 from offline_data import python_topics, train_tokenizer
@@ -60,9 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--objective", choices=("causal", "masked"), default="causal")
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--max_length", type=count, default=128, help="tokens in an example")
-    parser.add_argument(
-        "--mask_share", type=fraction, default=0.15, help="of the tokens, for --objective masked"
-    )
+    parser.add_argument("--mask_share", type=nonzero_fraction, default=0.15, help="of tokens, for masked")
     parser.add_argument("--vocab_size", type=count, default=2048, help="of the default model")
     add_shared_arguments(
         parser, output_dir="runs/language_modeling", learning_rate=1e-3, batch_size=16, epochs=6
@@ -137,13 +136,10 @@ def main() -> None:
         stop(f"--max_length {args.max_length} is not between 2 and the model's {longest}")
 
     def cut_into_blocks(rows: dict[str, list]) -> dict[str, list]:
-        # Texts end to end, so that no block holds padding; the tokens that do not fill a last block are dropped.
+        # Texts end to end, so that no block holds padding; tokens that do not fill a last block are dropped.
         end = tokenizer.eos_token or tokenizer.sep_token or ""
-        tokens = [
-            token
-            for text in rows[args.text_column]
-            for token in tokenizer((text or "") + end, add_special_tokens=False, verbose=False)["input_ids"]
-        ]
+        texts = [(text or "") + end for text in rows[args.text_column]]
+        tokens = list(chain.from_iterable(tokenizer(texts, add_special_tokens=False)["input_ids"]))
         starts = range(0, len(tokens) - args.max_length + 1, args.max_length)
         return {"input_ids": [tokens[start : start + args.max_length] for start in starts]}
 

@@ -189,4 +189,8 @@ def make(name: str, attention: str = "sdpa") -> tuple[PreTrainedModel, Batch]:
     """A freshly initialised model in training mode, and a batch for it."""
     model_class, config, batch = ARCHITECTURES[name]
     model = model_class._from_config(config(), attn_implementation=attention)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():  # biases and class tokens as they are after some training, not at zero
+                parameter.normal_(std=0.1)
     return model.train(), batch(model)

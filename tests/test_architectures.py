@@ -29,36 +29,44 @@ def assert_same_forward(output: dict[str, torch.Tensor], expected: dict[str, tor
         assert torch.equal(output[name], expected[name]), name
 
 
+ALL_KEPT_AS_IN_THE_PAPER = RazorConfig.preset("paper", sparsity=0.0, value_dtype="auto", activation_bits=32)
+
+
 @pytest.mark.filterwarnings("ignore:saved dense")
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_forward_is_bit_equal_and_lossless_gradients_are_autograds(name: str, attention: str) -> None:
-    dense, batch = make(name, attention)
-    keys, parameters = list(dense.state_dict()), list(dense.parameters())
-    razor = get_razor_model(copy.deepcopy(dense), RazorConfig.preset("lossless"))
-    assert list(razor.state_dict()) == keys
-    expected, expected_grads = step(dense, batch)
-    output, grads = step(razor, batch)
-    assert_same_forward(output, expected)
-    assert grads.keys() == expected_grads.keys()
-    for parameter, grad in expected_grads.items():
-        torch.testing.assert_close(grads[parameter], grad, rtol=1e-3, atol=1e-5, msg=lambda m, p=parameter: f"{p}: {m}")
+    model, batch = make(name, attention)
+    plain_type, plain_repr, keys = type(model), repr(model), list(model.state_dict())
+    expected, expected_grads = step(copy.deepcopy(model), batch)
 
-    razor.unload()
-    assert type(razor) is type(dense)
-    assert repr(razor) == repr(dense)
-
-    for config in (RazorConfig.preset("paper", sparsity=0.9), RazorConfig(), RazorConfig.preset("fast")):
-        assert get_razor_model(razor, config) is razor
-        assert isinstance(razor, type(dense))
-        assert list(razor.state_dict()) == keys
-        assert [p.shape for p in razor.parameters()] == [p.shape for p in parameters]
+    for config in (RazorConfig.preset("lossless"), ALL_KEPT_AS_IN_THE_PAPER):
+        razor = get_razor_model(model, config)
         output, grads = step(razor, batch)
         assert_same_forward(output, expected)
         assert grads.keys() == expected_grads.keys()
-        assert all(grad.isfinite().all() for grad in grads.values())
+        for parameter, grad in expected_grads.items():
+            torch.testing.assert_close(
+                grads[parameter], grad, rtol=1e-3, atol=1e-5, msg=lambda m, p=parameter: f"{p}: {m}"
+            )
+        razor.unload()
+
+    for config, fidelity in (
+        (RazorConfig.preset("paper", sparsity=0.9), 0.3),
+        (RazorConfig(), 0.8),
+        (RazorConfig.preset("fast"), 0.8),
+    ):
+        razor = get_razor_model(model, config)
+        assert razor is model
+        assert isinstance(razor, plain_type)
+        assert list(razor.state_dict()) == keys
+        output, grads = step(razor, batch)
+        assert_same_forward(output, expected)
+        assert grads.keys() == expected_grads.keys()
         flat, flat_expected = (torch.cat([g[k].flatten() for k in expected_grads]) for g in (grads, expected_grads))
-        assert nn.functional.cosine_similarity(flat, flat_expected, dim=0) > 0.6
+        assert nn.functional.cosine_similarity(flat, flat_expected, dim=0) > fidelity
         report = razor.memory_report(**batch)
         assert report.razor_bytes < 0.6 * report.dense_bytes
-        razor.unload()
+        assert razor.unload() is model
+        assert type(model) is plain_type
+        assert repr(model) == plain_repr

@@ -107,7 +107,8 @@ def sparse_attention(
             math path.
         query: float, `(batch, heads, length, head_dim)`.
         key, value: float, `(batch, kv_heads, kv_length, head_dim)`, with `heads` a multiple of `kv_heads`.
-        mask: bool (true: attend) or float (added), broadcastable to `(batch, heads, length, kv_length)`, or None.
+        mask: bool (true: attend) or float (added; may require a gradient), broadcastable to `(batch, heads, length,
+            kv_length)`, or None.
         scaling: of the scores.
         is_causal: no attention to later positions.
         dropout_p: probability that `attend` drops a probability with.
@@ -136,6 +137,7 @@ class _SparseAttention(torch.autograd.Function):
         packed = [pack(x, spec) for x in (probabilities, query, key, value)]
         del probabilities
         ctx.scaling, ctx.dropout_p = scaling, dropout_p
+        ctx.mask_shape = None if mask is None else mask.shape
         ctx.layouts = [(p.layout, len(p.parts)) for p in packed]
         ctx.save_for_backward(*rng, *(part for p in packed for part in p.parts))
         return attend(query, key, value)
@@ -158,7 +160,8 @@ class _SparseAttention(torch.autograd.Function):
         grad_value = dropped.transpose(-1, -2) @ grad_output
         grad_scores = grad_probabilities.mul_(probabilities)
         grad_scores -= probabilities * grad_scores.sum(-1, keepdim=True)
-        grad_scores *= ctx.scaling
+        grad_mask = grad_scores.sum_to_size(ctx.mask_shape) if ctx.needs_input_grad[4] else None
+        grad_scores = grad_scores * ctx.scaling
         grad_query = grad_scores @ key
         grad_key = grad_scores.transpose(-1, -2) @ query
         return (
@@ -166,7 +169,8 @@ class _SparseAttention(torch.autograd.Function):
             grad_query,
             _sum_heads(grad_key, ctx.groups),
             _sum_heads(grad_value, ctx.groups),
-            *(None,) * 5,
+            grad_mask,
+            *(None,) * 4,
         )
 
 

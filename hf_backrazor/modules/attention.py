@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
@@ -159,12 +160,19 @@ def _sparse(
         query,
         key,
         value,
-        attention_mask,
+        _add_position_bias(kwargs.get("position_bias"), attention_mask),
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         is_causal,
         dropout,
         input_spec(module.razor_config),
     )
+
+
+def _add_position_bias(bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """The mask that T5's learned position bias and the attention mask make together."""
+    if bias is None or mask is None:
+        return mask if bias is None else bias
+    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
 
 
 def _beyond_sparse(kwargs: dict[str, Any], attention_mask: Any) -> str | None:
@@ -173,7 +181,7 @@ def _beyond_sparse(kwargs: dict[str, Any], attention_mask: Any) -> str | None:
         return type(attention_mask).__name__
     if isinstance(attention_mask, Tensor) and (attention_mask.dim() != 4 or attention_mask.requires_grad):
         return "this attention mask"
-    for name in ("softcap", "s_aux", "position_bias", "head_mask"):
+    for name in ("softcap", "s_aux", "head_mask"):
         if kwargs.get(name) is not None:
             return f"`{name}`"
     return None

@@ -26,6 +26,7 @@ class PerplexityFromLoss(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[float], references: list[int]) -> dict[str, float]:
-        loss = math.fsum(predictions) / sum(references)
+        tokens = sum(references)
+        loss = math.fsum(predictions) / tokens if tokens else math.nan
         # A diverged run has a loss but no perplexity that a float can hold.
-        return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+        return {"loss": loss, "perplexity": math.inf if loss > 700 else math.exp(loss)}
