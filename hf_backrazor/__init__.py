@@ -5,7 +5,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-
 __version__ = "0.1.0.dev0"
 
 # Public name -> the module it lives in. Imported on first use: `import hf_backrazor` does not pay for Transformers.

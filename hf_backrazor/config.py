@@ -112,15 +112,11 @@ class RazorConfig(PushToHubMixin):
         ValueError: a field has a value it cannot have. The message names field, value and what is legal.
     """
 
-    sparsity: float = field(
-        default=0.99, metadata={"help": "Fraction of elements not kept exactly, in [0, 1)."}
-    )
+    sparsity: float = field(default=0.99, metadata={"help": "Fraction of elements not kept exactly, in [0, 1)."})
     granularity: Literal["row", "sample", "tensor"] = field(
         default="row", metadata={"help": "The set of elements that top-k runs over."}
     )
-    residual_bits: Bits = field(
-        default=2, metadata={"help": "Bits for what top-k leaves over; 0: none of it."}
-    )
+    residual_bits: Bits = field(default=2, metadata={"help": "Bits for what top-k leaves over; 0: none of it."})
     norm: Literal["x_hat", "input"] = field(
         default="x_hat", metadata={"help": "What a norm stores: its normalised output or its input."}
     )
@@ -137,9 +133,7 @@ class RazorConfig(PushToHubMixin):
     activation_bits: Literal[2, 3, 4, 8, 16, 32] = field(
         default=4, metadata={"help": "Bits for an activation's derivative (2 to 8) or input (16, 32)."}
     )
-    weight_gradient: Literal["dense"] = field(
-        default="dense", metadata={"help": "How weight gradients are computed."}
-    )
+    weight_gradient: Literal["dense"] = field(default="dense", metadata={"help": "How weight gradients are computed."})
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names, suffixes or one regex of the modules to replace; None: all."}
     )
@@ -210,9 +204,7 @@ class RazorConfig(PushToHubMixin):
             warnings.warn(f"ignored, as hf_backrazor {__version__} does not know it: {unknown}", stacklevel=2)
         return cls(**{key: value for key, value in data.items() if key in known})
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
-    ) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write `razor_config.json`. It appears whole or not at all; one that was there stays until then.
 
         Args:

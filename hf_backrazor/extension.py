@@ -6,7 +6,7 @@ Other instances of that class do not notice.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -22,7 +22,7 @@ class Extension:
         return _rebuild, (type(self).__mro__[1], self.plain_class, _name_prefix(self)), self.__dict__
 
 
-@lru_cache(maxsize=None)
+@cache
 def _extended_class(extension: type[Extension], plain_class: type[nn.Module], prefix: str) -> type[nn.Module]:
     name = prefix + plain_class.__name__
     namespace = {"plain_class": plain_class, "__module__": plain_class.__module__, "__doc__": plain_class.__doc__}

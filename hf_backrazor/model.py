@@ -18,7 +18,6 @@ from .report import MemoryReport, measure_saved_bytes
 from .targets import matches_target, unmatched_targets
 from .watch import watch_first_forward
 
-
 if TYPE_CHECKING:
     _Module = nn.Module
 else:
@@ -97,9 +96,7 @@ def get_razor_model(model: Model, config: RazorConfig | None = None) -> Model:
             matches nothing that can be.
     """
     if isinstance(model, RazorModel):
-        raise ValueError(
-            f"this {type(model).__name__} is a razor model already; call `unload()` on it before applying other settings"
-        )
+        raise ValueError(f"this {type(model).__name__} is a razor model already; call `unload()` on it first")
     config = dataclasses.replace(config) if config is not None else RazorConfig()
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model, "name_or_path", None) or None

@@ -48,9 +48,7 @@ def unmatched_targets(config: Targets, names: Iterable[str]) -> list[str]:
         found += [("target_modules entry", entry, _is_entry) for entry in config.target_modules or []]
     found += [("overrides pattern", pattern, match_pattern) for pattern in config.overrides]
     unmatched = [
-        f"{kind} {entry!r}"
-        for kind, entry, matches in found
-        if not any(matches(entry, name) for name in names)
+        f"{kind} {entry!r}" for kind, entry, matches in found if not any(matches(entry, name) for name in names)
     ]
     present = {layer_index(name) for name in names}
     return unmatched + [f"layers_to_transform index {i}" for i in _layers(config) if i not in present]

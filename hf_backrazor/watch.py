@@ -41,7 +41,9 @@ def watch_first_forward(model: nn.Module) -> RemovableHandle:
 
 def _notice_checkpointing(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if getattr(module, "gradient_checkpointing", False) and any(isinstance(m, RazorModule) for m in module.modules()):
+        if getattr(module, "gradient_checkpointing", False) and any(
+            isinstance(m, RazorModule) for m in module.modules()
+        ):
             warnings.warn(
                 f"activation checkpointing is on (first in {name or 'the model itself'}): it saves the inputs of whole "
                 "blocks and computes the rest again, so that packing what lies inside gains little; use one of the two",

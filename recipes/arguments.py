@@ -59,6 +59,8 @@ def add_shared_arguments(
     data.add_argument("--train_split", default="train")
     data.add_argument("--eval_split", help="default: validation, else test, else a tenth of training")
 
+    data.add_argument("--max_eval_examples", type=count, help="score on this many examples, drawn at random")
+
     razor = parser.add_argument_group("razor")
     razor.add_argument("--preset", choices=PRESETS, help="what is stored for backward (default: balanced)")
     razor.add_argument("--sparsity", type=fraction, help="fraction of a saved activation not kept exactly")

@@ -64,6 +64,14 @@ def load_splits(
     return train, evaluation
 
 
+def at_most(rows: Dataset, limit: int | None) -> Dataset:
+    """The rows, or if there are more than the limit, that many of them, the same ones every time."""
+    if limit is None or len(rows) <= limit:
+        return rows
+    # Drawn and not cut off: rows are often sorted by class.
+    return rows.shuffle(seed=SPLIT_SEED).select(range(limit))
+
+
 def require_column(train: Dataset, evaluation: Dataset, column: str, argument: str) -> None:
     """Stop unless both splits have the column, naming the argument that chooses it."""
     for rows in (train, evaluation):

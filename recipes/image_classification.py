@@ -33,7 +33,7 @@ from transformers import (
 from transformers.utils import is_vision_available
 
 from arguments import OneLineParser, add_shared_arguments, count, razor_config
-from chosen_dataset import load_splits, require_column, require_images, with_class_labels
+from chosen_dataset import at_most, load_splits, require_column, require_images, with_class_labels
 from hf_backrazor import get_razor_model, measure_saved_bytes
 from image_pixels import PlainImageProcessor, as_pil_image
 from offline_data import handwritten_digits
@@ -93,6 +93,7 @@ def main() -> None:
     require_column(train_rows, eval_rows, args.label_column, "--label_column")
     channels = require_images(train_rows, args.image_column, "--image_column")
     train_rows, eval_rows, class_names = with_class_labels(train_rows, eval_rows, args.label_column)
+    eval_rows = at_most(eval_rows, args.max_eval_examples)
 
     labels = {
         "num_labels": len(class_names),

@@ -2,9 +2,9 @@
 
     accelerate launch recipes/language_modeling.py --objective causal
 
-needs no download: it trains a small GPT-2 (or BERT, with `--objective masked`) and its tokenizer from scratch on
-the help topics that come with Python. `--model` and `--dataset` take Hub ids or local folders; `--dense` trains
-without the razor, for comparison.
+needs no download: it trains a small GPT-2 (or BERT, with `--objective masked`) and its tokenizer from scratch
+on the help topics that come with Python. `--model` and `--dataset` take Hub ids or local folders; `--dense`
+trains without the razor, for comparison.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from transformers import (
 )
 
 from arguments import OneLineParser, add_shared_arguments, count, nonzero_fraction, razor_config
-from chosen_dataset import load_splits, require_column, require_text
+from chosen_dataset import at_most, load_splits, require_column, require_text
 from hf_backrazor import get_razor_model, measure_saved_bytes
 from offline_data import python_topics, train_tokenizer
 from one_line_errors import stop, stop_on_error
@@ -155,6 +155,7 @@ def main() -> None:
         if len(blocks) == 0:
             stop(f"the {split} split is shorter than one example of --max_length {args.max_length} tokens")
 
+    eval_set = at_most(eval_set, args.max_eval_examples)
     if args.objective == "causal":
         train_set, eval_set = (blocks.map(with_labels, batched=True) for blocks in (train_set, eval_set))
         collate = default_data_collator

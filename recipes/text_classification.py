@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from arguments import OneLineParser, add_shared_arguments, razor_config
-from chosen_dataset import load_splits, require_column, require_text, with_class_labels
+from chosen_dataset import at_most, load_splits, require_column, require_text, with_class_labels
 from docstring_task import docstring_task
 from hf_backrazor import get_razor_model, measure_saved_bytes
 from offline_data import minilm_folder
@@ -90,6 +90,7 @@ def main() -> None:
     require_column(train_rows, eval_rows, args.label_column, "--label_column")
     require_text(train_rows, args.text_column, "--text_column")
     train_rows, eval_rows, class_names = with_class_labels(train_rows, eval_rows, args.label_column)
+    eval_rows = at_most(eval_rows, args.max_eval_examples)
 
     # Weights train in float32; --mixed_precision sets what the forward pass computes in.
     name = args.model or minilm_folder()

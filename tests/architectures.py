@@ -9,7 +9,6 @@ import torch
 import transformers as hf
 from transformers import PreTrainedModel
 
-
 Batch = dict[str, Any]
 VOCABULARY, BATCH, LENGTH = 64, 3, 12
 
@@ -101,7 +100,9 @@ ARCHITECTURES: dict[str, _Make] = {
     "deit": (hf.DeiTForImageClassification, lambda: hf.DeiTConfig(**_IMAGE), _classified_images),
     "dinov2": (
         hf.Dinov2ForImageClassification,
-        lambda: hf.Dinov2Config(image_size=32, patch_size=8, hidden_size=48, num_hidden_layers=2, num_attention_heads=4),
+        lambda: hf.Dinov2Config(
+            image_size=32, patch_size=8, hidden_size=48, num_hidden_layers=2, num_attention_heads=4
+        ),
         _classified_images,
     ),
     "llama": (hf.LlamaForCausalLM, lambda: hf.LlamaConfig(vocab_size=VOCABULARY, **_DECODER), _language),

@@ -33,9 +33,7 @@ CHOICES = {name: get_args(hint) for name, hint in HINTS.items() if str(get_origi
 names = st.text(string.ascii_lowercase + "._", min_size=1, max_size=12)
 texts = st.text('a/ \n"\\é漢\ud800', max_size=8)
 layers = st.integers(0, 99)
-values: dict[str, st.SearchStrategy] = {
-    name: st.sampled_from(choices) for name, choices in CHOICES.items()
-} | {
+values: dict[str, st.SearchStrategy] = {name: st.sampled_from(choices) for name, choices in CHOICES.items()} | {
     "sparsity": st.floats(0, 1, exclude_max=True) | st.just(0),
     "min_numel": st.integers(0, 10**9),
     "target_modules": st.none() | names | st.lists(names, min_size=1),
@@ -207,11 +205,7 @@ def test_resolving_changes_only_what_the_override_says(config, name):
     resolved = config.resolve(name)
     if resolved is config:
         return
-    changed = {
-        field
-        for field in FIELDS
-        if getattr(resolved, field) != getattr(config, field) and field != "overrides"
-    }
+    changed = {field for field in FIELDS if getattr(resolved, field) != getattr(config, field) and field != "overrides"}
     assert any(
         changed <= set(fields) and all(getattr(resolved, field) == value for field, value in fields.items())
         for fields in config.overrides.values()
@@ -364,9 +358,7 @@ def test_loading_from_the_hub_passes_everything_on(tmp_path, monkeypatch):
     assert asked.items() >= {**where, "repo_id": "owner/name", "filename": RAZOR_CONFIG_NAME}.items()
 
 
-@pytest.mark.parametrize(
-    "error", [LocalEntryNotFoundError("gone"), HFValidationError("gone"), OSError("gone")]
-)
+@pytest.mark.parametrize("error", [LocalEntryNotFoundError("gone"), HFValidationError("gone"), OSError("gone")])
 def test_failed_download_names_repository_file_and_reason(monkeypatch, error):
     def download(*args: Any, **kwargs: Any) -> str:
         raise error
@@ -424,7 +416,4 @@ def test_saving_refuses_arguments_that_pushing_does_not_take(tmp_path):
 def test_import_is_light():
     heavy = ("peft", "datasets", "triton", "torch")
     code = f"import sys, hf_backrazor.config; print([m for m in {heavy} if m in sys.modules])"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        == "[]\n"
-    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

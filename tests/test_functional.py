@@ -33,7 +33,6 @@ from hf_backrazor.functional.activation import (
 )
 from hf_backrazor.packing import PackSpec
 
-
 LOSSLESS = PackSpec()
 PAPER = PackSpec(0.9, "sample", value_dtype="float32")
 CODED = PackSpec(0.9, "row", bits=2)
@@ -180,6 +179,36 @@ def test_dropout_is_the_dense_one_for_the_same_generator(shape: tuple[int, ...],
     assert torch.equal(y, y_razor)
     assert torch.equal(state, state_razor)
     torch.testing.assert_close(grad_razor, grad)
+
+
+@pytest.mark.parametrize("spec", [LOSSLESS, PAPER], ids=["lossless", "paper"])
+def test_inputs_need_not_be_contiguous(spec: PackSpec) -> None:
+    x = torch.randn(33, 4, 9).permute(1, 2, 0).requires_grad_()
+    copied = x.detach().contiguous().requires_grad_()
+    weight, gamma, beta = torch.randn(17, 33), torch.randn(33), torch.randn(33)
+    for function in (
+        lambda x: dropout(x, 0.4),
+        lambda x: linear(x, weight.requires_grad_(), None, spec),
+        lambda x: layer_norm(x, (33,), gamma, beta, 1e-5, spec),
+        lambda x: rms_norm(x, gamma, 1e-5, spec),
+        lambda x: activation(x, F.gelu, GELU, 4),
+        lambda x: activation(x, F.relu, RELU, 4),
+        lambda x: activation(x, F.gelu, GELU, 16),
+    ):
+        grads = []
+        for tensor in (x, copied):
+            torch.manual_seed(1)
+            y = function(tensor)
+            grads.append(torch.autograd.grad(y.square().sum(), tensor)[0])
+        if function.__code__.co_names[0] != "dropout":  # draws in the order of memory, as the dense operator does
+            torch.testing.assert_close(*grads)
+    torch.manual_seed(1)
+    expected = F.dropout(x, 0.4)
+    torch.manual_seed(1)
+    assert torch.equal(dropout(x, 0.4), expected)
+    mask = torch.autograd.grad(expected.sum(), x)[0]
+    torch.manual_seed(1)
+    assert torch.equal(torch.autograd.grad(dropout(x, 0.4).sum(), x)[0], mask)
 
 
 def test_dropout_saves_one_bit_an_element() -> None:

@@ -24,7 +24,6 @@ from hf_backrazor.packing import (
     unpack_bits,
 )
 
-
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 dtypes = st.sampled_from(FLOATS)
 granularities = st.sampled_from(("row", "sample", "tensor"))
@@ -60,7 +59,9 @@ def test_kept_count_keeps_the_stated_fraction(n: int, sparsity: float) -> None:
     assert abs(k - n * (1 - sparsity)) <= 1
 
 
-@pytest.mark.parametrize(("n", "sparsity", "k"), [(768, 0.9, 77), (100, 0.57, 43), (10, 0.9, 1), (1, 0.99, 1), (8, 0, 8)])
+@pytest.mark.parametrize(
+    ("n", "sparsity", "k"), [(768, 0.9, 77), (100, 0.57, 43), (10, 0.9, 1), (1, 0.99, 1), (8, 0, 8)]
+)
 def test_kept_count_known_values(n: int, sparsity: float, k: int) -> None:
     assert kept_count(n, sparsity) == k
 

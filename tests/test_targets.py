@@ -13,11 +13,7 @@ from hf_backrazor.targets import layer_index, match_pattern, matches_target, unm
 
 NAMES = [
     "embeddings.norm",
-    *(
-        f"encoder.layer.{i}.{part}"
-        for i in range(3)
-        for part in ("attention.query", "attention.key", "output.norm")
-    ),
+    *(f"encoder.layer.{i}.{part}" for i in range(3) for part in ("attention.query", "attention.key", "output.norm")),
     "lm_head",
 ]
 component = st.text("abcxyz_0123456789", min_size=1, max_size=6)
@@ -126,9 +122,7 @@ def test_unmatched_names_what_matches_nothing_and_only_that():
         "overrides pattern 'kee'",
         "layers_to_transform index 9",
     ]
-    assert unmatched_targets(RazorConfig(target_modules="quer+y"), iter(NAMES)) == [
-        "target_modules regex 'quer+y'"
-    ]
+    assert unmatched_targets(RazorConfig(target_modules="quer+y"), iter(NAMES)) == ["target_modules regex 'quer+y'"]
 
 
 @pytest.mark.parametrize(
@@ -145,10 +139,5 @@ def test_any_object_with_the_fields_will_do():
 
 
 def test_import_is_light():
-    code = (
-        "import sys, hf_backrazor.targets; print([m for m in ('torch', 'transformers') if m in sys.modules])"
-    )
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        == "[]\n"
-    )
+    code = "import sys, hf_backrazor.targets; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

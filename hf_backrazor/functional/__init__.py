@@ -9,7 +9,6 @@ from .dropout import dropout
 from .linear import linear
 from .norm import layer_norm, rms_norm
 
-
 __all__ = [
     "ActivationRule",
     "activation",

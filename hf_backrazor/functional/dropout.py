@@ -27,7 +27,7 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x: Tensor, p: float) -> Tensor:
         output, mask = torch.native_dropout(x, p, True)
         ctx.keep_probability = 1 - p
-        ctx.save_for_backward(pack_bits(mask.view(1, -1)))
+        ctx.save_for_backward(pack_bits(mask.reshape(1, -1)))
         return output
 
     @staticmethod

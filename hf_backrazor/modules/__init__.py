@@ -9,9 +9,9 @@ from .activation import RazorActivation
 from .attention import RazorAttention
 from .base import RazorModule
 from .dropout import RazorDropout
+from .functional_dropout import RazorFunctionalDropout
 from .linear import RazorConv1D, RazorLinear
 from .norm import RazorLayerNorm, RazorRMSNorm
-
 
 OPERATORS: tuple[type[RazorModule], ...] = (
     RazorLinear,
@@ -21,6 +21,7 @@ OPERATORS: tuple[type[RazorModule], ...] = (
     RazorActivation,
     RazorDropout,
     RazorAttention,
+    RazorFunctionalDropout,
 )
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "RazorAttention",
     "RazorConv1D",
     "RazorDropout",
+    "RazorFunctionalDropout",
     "RazorLayerNorm",
     "RazorLinear",
     "RazorModule",

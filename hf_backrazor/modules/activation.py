@@ -24,7 +24,6 @@ from ..functional.activation import (
 )
 from .base import RazorModule
 
-
 # Class -> what is known of its derivative (or how to find that for an instance). None: autograd finds it from the
 # input, kept in half precision.
 RULES: dict[type[nn.Module], ActivationRule | Callable[[nn.Module], ActivationRule] | None] = {

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,8 +24,7 @@ from transformers.utils import logging
 from ..config import RazorConfig
 from ..functional import recomputed_attention, sparse_attention
 from ..packing import PackSpec
-from .base import RazorModule, describe, input_spec
-
+from .base import RazorModule, describe, forward_source, input_spec
 
 logger = logging.get_logger(__name__)
 
@@ -206,25 +205,18 @@ def _plain_function(module: RazorAttention) -> Callable:
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, _eager_function(module.plain_class))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _eager_function(cls: type[nn.Module]) -> Callable | None:
     """The function that the class's forward gives `AttentionInterface` as default; None if it does not use that."""
-    found = _LOOKUP.search(_forward_source(cls))
+    found = _LOOKUP.search(forward_source(cls))
     return inspect.unwrap(cls.forward).__globals__.get(found.group(1)) if found else None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _computes_scores(cls: type[nn.Module]) -> bool:
     """Whether the class's own forward computes attention probabilities."""
-    source = _forward_source(cls)
+    source = forward_source(cls)
     return "softmax(" in source or "scaled_dot_product_attention(" in source
-
-
-def _forward_source(cls: type[nn.Module]) -> str:
-    try:
-        return inspect.getsource(inspect.unwrap(cls.forward))
-    except (OSError, TypeError):  # defined in C or at a prompt
-        return ""
 
 
 AttentionInterface.register(IMPLEMENTATION, razor_attention_forward)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import cache
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -10,7 +12,6 @@ from torch import Tensor, nn
 from ..config import RazorConfig
 from ..extension import Extension, extend, restore
 from ..packing import PackSpec
-
 
 if TYPE_CHECKING:
     _Module = nn.Module
@@ -23,11 +24,13 @@ class RazorModule(Extension, _Module):
 
     Attributes:
         kind: the kind of operator, as `memory_report` names it.
+        name_prefix: goes before the name of the extended class.
         razor_config: the settings that hold for this module, overrides applied.
         razor_enabled: false makes the module behave as the plain one.
     """
 
     kind: ClassVar[str]
+    name_prefix: ClassVar[str] = "Razor"
     razor_config: RazorConfig
     razor_enabled: bool
 
@@ -44,7 +47,7 @@ class RazorModule(Extension, _Module):
     @classmethod
     def install(cls, module: nn.Module, config: RazorConfig) -> None:
         """Extend `module` by this class."""
-        extend(module, cls, prefix="Razor")
+        extend(module, cls, cls.name_prefix)
         module.razor_config = config
         module.razor_enabled = True
 
@@ -97,3 +100,12 @@ def describe(spec: PackSpec) -> str:
 def _bits(config: RazorConfig, bits: int) -> int:
     # With everything kept exactly there is nothing left to code.
     return bits if config.sparsity else 0
+
+
+@cache
+def forward_source(cls: type[nn.Module]) -> str:
+    """Source of the class's forward; empty where there is none to read."""
+    try:
+        return inspect.getsource(inspect.unwrap(cls.forward))
+    except (OSError, TypeError):  # defined at a prompt or in C
+        return ""

@@ -5,7 +5,6 @@ from .codes import CODE_BITS, Codes, decode, decode_grid, encode, encode_grid
 from .packed import Layout, Packed, PackSpec, pack
 from .select import kept_count, topk_mask
 
-
 __all__ = [
     "CODE_BITS",
     "Codes",

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 # Field width in bits -> (integer that holds one group of bytes, the multiplier, the shift that leaves the top byte).
 # Byte i of a group weighs 2^(8 i) and must end at 2^(shift + width * i): the multiplier has the bits
 # shift - (8 - width) * i. No two products share a bit, so nothing carries.

@@ -7,13 +7,13 @@ levels, scaled by the row's greatest magnitude.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .bits import byte_table, pack_fields, packed_width, unpack_fields
-
 
 CODE_BITS = (1, 2, 3, 4, 8)
 
@@ -60,7 +60,7 @@ def encode(x: Tensor, bits: int, keep: Tensor | None = None) -> Codes:
     levels = _GAUSSIAN_LEVELS[bits]
     magnitude = x.abs().div_(_divisor(scale))
     fields = x.signbit().to(torch.uint8).mul_(len(levels))
-    for lower, upper in zip(levels, levels[1:], strict=False):
+    for lower, upper in itertools.pairwise(levels):
         fields += magnitude > (lower + upper) / 2
     return Codes(scale, _pack(fields, bits))
 
@@ -96,7 +96,9 @@ def encode_grid(x: Tensor, low: float, step: float, bits: int) -> Tensor:
     return fields if bits == 8 else _pack(fields, bits)
 
 
-def decode_grid(fields: Tensor, shape: tuple[int, int], low: float, step: float, bits: int, dtype: torch.dtype) -> Tensor:
+def decode_grid(
+    fields: Tensor, shape: tuple[int, int], low: float, step: float, bits: int, dtype: torch.dtype
+) -> Tensor:
     """What `encode_grid` coded: `shape` = `(rows, n)`, in `dtype`."""
     rows, n = shape
     if bits == 8:

@@ -122,7 +122,7 @@ class Layout:
                 return values.view(self.shape)
         index = remaining.pop(0) if values is not None else None
         if self.spec.bits:
-            rows, width = self.rows
+            _rows, width = self.rows
             dense = decode(Codes(*remaining), self.spec.bits, width, dtype).contiguous()
         else:
             dense = torch.zeros(self.shape, dtype=dtype, device=parts[0].device)

@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-
 _INTEGER_OF_WIDTH = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
