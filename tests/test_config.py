@@ -49,7 +49,7 @@ configs = st.fixed_dictionaries({}, optional=values).map(lambda fields: RazorCon
 # No deadline: the machine may be busy with something else.
 examples = settings(max_examples=60, deadline=None)
 
-NEVER = [object(), b"x", 1j, float("nan")]
+NEVER = [..., b"x", 1j, float("nan")]
 NOT_AN_INDEX = [-1, True, 1.0, "1"]
 NOT_MODULES = [3, True, "", "(", "*", [""], [3], [None], {"a": 1}, "a" * (MAX_PATTERN_LENGTH + 1), {"a", 3}]
 WRONG: dict[str, list[Any]] = {
