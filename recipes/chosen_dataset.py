@@ -51,9 +51,7 @@ def load_splits(
         if wanted is not None and wanted not in splits:
             stop(f"the dataset {name!r} has no split {wanted!r}, only {', '.join(map(str, splits))}")
     train = splits[train_split]
-    evaluation = next(
-        (splits[split] for split in (eval_split, "validation", "test") if split in splits), None
-    )
+    evaluation = next((splits[split] for split in (eval_split, "validation", "test") if split in splits), None)
     if evaluation is None:
         with stop_on_error(f"could not hold out a tenth of the dataset {name!r} for evaluation"):
             halves = train.train_test_split(HELD_OUT, seed=SPLIT_SEED)
@@ -114,10 +112,7 @@ def with_class_labels(train: Dataset, evaluation: Dataset, column: str) -> tuple
         names = [str(value) for value in sorted(values)]
     else:
         stop(f"the label column {column!r} holds {feature}, not classes: choose with --label_column")
-    if (
-        ClassLabel in (type(feature), type(evaluation.features[column]))
-        and evaluation.features[column] != feature
-    ):
+    if ClassLabel in (type(feature), type(evaluation.features[column])) and evaluation.features[column] != feature:
         stop(f"the label column {column!r} has other classes in the evaluation split than in training")
     if len(names) < 2:
         stop(f"the label column {column!r} has fewer than two classes")

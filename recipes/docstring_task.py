@@ -33,9 +33,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
 MASK = "[MASK]"
 
 # Tests repeat the docstrings they test, and vendored code belongs to another library.
-SKIPPED_FOLDERS = frozenset(
-    {"tests", "testing", "test_utils", "externals", "_vendor", "vendored", "array_api_compat"}
-)
+SKIPPED_FOLDERS = frozenset({"tests", "testing", "test_utils", "externals", "_vendor", "vendored", "array_api_compat"})
 MIN_CHARACTERS = 160
 MAX_CHARACTERS = 1200
 MAX_PER_FILE = 12
@@ -121,9 +119,7 @@ def docstring_task(train_per_library: int = 300, test_per_library: int = 75, see
         collected["test"][library] = _collect(root, files[:border], test_per_library, seen)
         collected["train"][library] = _collect(root, files[border:], train_per_library, seen)
 
-    features = Features(
-        {"text": Value("string"), "label": ClassLabel(names=list(LIBRARIES)), "file": Value("string")}
-    )
+    features = Features({"text": Value("string"), "label": ClassLabel(names=list(LIBRARIES)), "file": Value("string")})
     splits = DatasetDict()
     for split, by_library in collected.items():
         # The smallest library sets the size of the others, so chance is one in the number of libraries.

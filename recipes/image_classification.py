@@ -56,9 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--label_column", default="label")
     parser.add_argument("--image_size", type=count, help="of the default model (8 for digits, else 32)")
     parser.add_argument("--patch_size", type=count, help="of the default model (2 for digits, else 4)")
-    add_shared_arguments(
-        parser, output_dir="runs/image_classification", learning_rate=1e-3, batch_size=32, epochs=15
-    )
+    add_shared_arguments(parser, output_dir="runs/image_classification", learning_rate=1e-3, batch_size=32, epochs=15)
     return parser.parse_args()
 
 
@@ -86,9 +84,7 @@ def main() -> None:
     else:
         # One process goes first, so that the others find what it cached.
         with accelerator.main_process_first():
-            train_rows, eval_rows = load_splits(
-                args.dataset, args.dataset_config, args.train_split, args.eval_split
-            )
+            train_rows, eval_rows = load_splits(args.dataset, args.dataset_config, args.train_split, args.eval_split)
     require_column(train_rows, eval_rows, args.image_column, "--image_column")
     require_column(train_rows, eval_rows, args.label_column, "--label_column")
     channels = require_images(train_rows, args.image_column, "--image_column")
@@ -169,9 +165,7 @@ def main() -> None:
         [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=args.learning_rate,
     )
-    model, optimizer, train_loader, eval_loader = accelerator.prepare(
-        model, optimizer, train_loader, eval_loader
-    )
+    model, optimizer, train_loader, eval_loader = accelerator.prepare(model, optimizer, train_loader, eval_loader)
 
     steps_per_epoch = math.ceil(len(train_loader) / args.gradient_accumulation_steps)
     total_steps = args.max_steps or args.epochs * steps_per_epoch

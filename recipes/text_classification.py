@@ -50,12 +50,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--label_column", default="label")
-    parser.add_argument(
-        "--max_length", type=int, default=128, help="longer texts are cut to this many tokens"
-    )
-    add_shared_arguments(
-        parser, output_dir="runs/text_classification", learning_rate=1e-4, batch_size=16, epochs=1
-    )
+    parser.add_argument("--max_length", type=int, default=128, help="longer texts are cut to this many tokens")
+    add_shared_arguments(parser, output_dir="runs/text_classification", learning_rate=1e-4, batch_size=16, epochs=1)
     return parser.parse_args()
 
 
@@ -83,9 +79,7 @@ def main() -> None:
     else:
         # One process goes first, so that the others find what it cached.
         with accelerator.main_process_first():
-            train_rows, eval_rows = load_splits(
-                args.dataset, args.dataset_config, args.train_split, args.eval_split
-            )
+            train_rows, eval_rows = load_splits(args.dataset, args.dataset_config, args.train_split, args.eval_split)
     require_column(train_rows, eval_rows, args.text_column, "--text_column")
     require_column(train_rows, eval_rows, args.label_column, "--label_column")
     require_text(train_rows, args.text_column, "--text_column")
@@ -150,9 +144,7 @@ def main() -> None:
         [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=args.learning_rate,
     )
-    model, optimizer, train_loader, eval_loader = accelerator.prepare(
-        model, optimizer, train_loader, eval_loader
-    )
+    model, optimizer, train_loader, eval_loader = accelerator.prepare(model, optimizer, train_loader, eval_loader)
 
     steps_per_epoch = math.ceil(len(train_loader) / args.gradient_accumulation_steps)
     total_steps = args.max_steps or args.epochs * steps_per_epoch

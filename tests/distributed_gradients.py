@@ -22,7 +22,6 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_backrazor import RazorConfig, RazorModel, get_razor_model
 from hf_backrazor.config import RAZOR_CONFIG_NAME
 
-
 MODELS = ("bert", "gpt2", "vit")
 CONFIGS = {
     "paper": {"preset": "paper", "sparsity": 0.9},

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from distributed_gradients import CONFIGS, MODELS
 
-
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 
@@ -44,9 +43,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("config", CONFIGS)
-def test_averaged_gradients_are_those_of_one_process(
-    ranks: list[dict[str, Any]], name: str, config: str
-) -> None:
+def test_averaged_gradients_are_those_of_one_process(ranks: list[dict[str, Any]], name: str, config: str) -> None:
     reports = [report[f"{name}-{config}"] for report in ranks]
     assert reports[0]["own_loss"] != reports[1]["own_loss"]  # the halves differ
     for report in reports:

@@ -15,14 +15,9 @@ class Accuracy(evaluate.Metric):
             description=_DESCRIPTION,
             citation="",
             inputs_description=_INPUTS,
-            features=datasets.Features(
-                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
-            ),
+            features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}),
         )
 
     def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
-        right = sum(
-            int(prediction == reference)
-            for prediction, reference in zip(predictions, references, strict=True)
-        )
+        right = sum(int(prediction == reference) for prediction, reference in zip(predictions, references, strict=True))
         return {"accuracy": right / len(references)}
