@@ -19,6 +19,7 @@ def watch_first_forward(model: nn.Module) -> RemovableHandle:
 
     - Layers whose weight is used without the layer being called: what that computation saves stays dense.
     - Activation checkpointing: it saves next to nothing already, so that razor gains little.
+    - A cache of keys and values: it keeps them whole, beside the packed ones.
     """
 
     def before(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -28,9 +29,15 @@ def watch_first_forward(model: nn.Module) -> RemovableHandle:
         _notice_checkpointing(model)
         watch = _WeightUse(model)
 
-        def after(*_: Any) -> None:
+        def after(model: nn.Module, args: tuple, output: Any) -> None:
             stop.remove()
             watch.close()
+            if getattr(output, "past_key_values", None) is not None:
+                warnings.warn(
+                    "the model returns a cache, which keeps the keys and values of every layer whole for as long as "
+                    "the output lives; for training set `model.config.use_cache = False`",
+                    stacklevel=2,
+                )
 
         stop = model.register_forward_hook(after, always_call=True)
         watch.__enter__()

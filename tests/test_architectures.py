@@ -32,7 +32,7 @@ def assert_same_forward(output: dict[str, torch.Tensor], expected: dict[str, tor
 ALL_KEPT_AS_IN_THE_PAPER = RazorConfig.preset("paper", sparsity=0.0, value_dtype="auto", activation_bits=32)
 
 
-@pytest.mark.filterwarnings("ignore:saved dense")
+@pytest.mark.filterwarnings("ignore:saved dense", "ignore:the model returns a cache")
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_forward_is_bit_equal_and_lossless_gradients_are_autograds(name: str, attention: str) -> None:

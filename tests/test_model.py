@@ -172,6 +172,13 @@ def test_tied_and_repeated_weights_are_no_reason_to_warn(name: str) -> None:
         model(**batch, use_cache=False) if name != "albert" else model(**batch)
 
 
+def test_a_cache_kept_in_training_gets_a_notice() -> None:
+    model, batch = make("gpt2")
+    get_razor_model(model)
+    with pytest.warns(UserWarning, match="use_cache = False"):
+        model(**batch)
+
+
 def test_multihead_attention_is_named() -> None:
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     with pytest.warns(UserWarning, match="without calling them: self_attn"):

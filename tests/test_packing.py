@@ -234,3 +234,11 @@ def test_integers_are_refused() -> None:
 def test_unknown_bits_are_refused() -> None:
     with pytest.raises(ValueError, match="bits=5"):
         PackSpec(0.9, bits=5)
+
+
+@pytest.mark.parametrize("spec", [PackSpec(0.9, "sample"), PackSpec(0.99, "row", 2), PackSpec(0.99, "row", 3, "int8")])
+def test_meta_tensors_show_the_size(spec: PackSpec) -> None:
+    x = torch.randn(4, 16, 96)
+    real, traced = pack(x, spec), pack(x.to("meta"), spec)
+    assert [(p.shape, p.dtype) for p in traced.parts] == [(p.shape, p.dtype) for p in real.parts]
+    assert traced.unpack().shape == x.shape

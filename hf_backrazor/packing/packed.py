@@ -95,7 +95,8 @@ class Layout:
             if self.spec.sparsity == 0 or self.dtype.itemsize <= 2:
                 return self.dtype
             return torch.bfloat16
-        return min(getattr(torch, wanted), self.dtype, key=lambda dtype: (dtype.itemsize, dtype != self.dtype))
+        wanted = getattr(torch, wanted)
+        return wanted if wanted.itemsize < self.dtype.itemsize else self.dtype
 
     @property
     def index_dtype(self) -> torch.dtype | None:
@@ -103,10 +104,8 @@ class Layout:
         n, k = self.set_size, self.kept
         if k in (0, n):
             return None
-        sizes = {torch.bool: packed_width(n, 1), torch.int16: 2 * k, torch.int32: 4 * k}
-        if n > torch.iinfo(torch.int16).max + 1:
-            del sizes[torch.int16]
-        return min(sizes, key=lambda dtype: sizes[dtype])
+        positions, bytes_each = (torch.int16, 2) if n <= torch.iinfo(torch.int16).max + 1 else (torch.int32, 4)
+        return positions if bytes_each * k < packed_width(n, 1) else torch.bool
 
     def unpack(self, parts: tuple[Tensor, ...], dtype: torch.dtype | None = None) -> Tensor:
         """Read `parts` into a dense tensor of `shape`, in `dtype` (default: the one the tensor had)."""
@@ -156,12 +155,10 @@ def pack(x: Tensor, spec: PackSpec) -> Packed:
     if layout.kept:
         sets = x.reshape(layout.sets, layout.set_size)
         keep = topk_mask(sets, layout.kept)
-        parts += _store_values(sets[keep].view(layout.sets, layout.kept), layout)
-        if layout.index_dtype == torch.bool:
-            parts.append(pack_bits(keep))
-        else:
-            positions = keep.nonzero()[:, 1].view(layout.sets, layout.kept)
-            parts.append(positions.to(layout.index_dtype))
+        # Not `sets[keep]`: how many are kept is known beforehand, and need not be read back from a device.
+        positions = torch.nonzero_static(keep, size=layout.sets * layout.kept)[:, 1].view(layout.sets, layout.kept)
+        parts += _store_values(sets.gather(-1, positions), layout)
+        parts.append(pack_bits(keep) if layout.index_dtype == torch.bool else positions.to(layout.index_dtype))
     if spec.bits:
         parts += encode(x.reshape(layout.rows), spec.bits, None if keep is None else keep.view(layout.rows))
     if not parts:
