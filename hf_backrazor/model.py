@@ -41,11 +41,14 @@ class RazorModel(Extension, _Module):
 
     def unload(self) -> nn.Module:
         """Turn the model back into what it was before `get_razor_model`, weights as they are now, and return it."""
-        for _, module in list(self.razor_modules()):
-            module.uninstall()
-        self._razor_watch.remove()
-        del self.razor_config, self._razor_watch
-        restore(self)
+        if watch := self.__dict__.pop("_razor_watch", None):
+            watch.remove()
+        for module in list(self.modules()):
+            if isinstance(module, RazorModule):
+                module.uninstall()
+            elif isinstance(module, RazorModel):
+                del module.razor_config
+                restore(module)
         return self
 
     @contextmanager
@@ -95,8 +98,12 @@ def get_razor_model(model: Model, config: RazorConfig | None = None) -> Model:
         ValueError: the model is a razor model already; or nothing in it can be replaced; or a target in the config
             matches nothing that can be.
     """
-    if isinstance(model, RazorModel):
-        raise ValueError(f"this {type(model).__name__} is a razor model already; call `unload()` on it first")
+    for name, module in model.named_modules():
+        if isinstance(module, (RazorModel, RazorModule)):
+            raise ValueError(
+                f"{name or 'this'} ({type(module).__name__}) was prepared by `get_razor_model` already; call `unload()` "
+                "on the model that came from it first"
+            )
     config = dataclasses.replace(config) if config is not None else RazorConfig()
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
@@ -127,8 +134,11 @@ def get_razor_model(model: Model, config: RazorConfig | None = None) -> Model:
 
     for name, (module, operator) in replaced.items():
         operator.install(module, config.resolve(name))
-    extend(model, RazorModel)
-    model.razor_config = config
+    # What PEFT's `merge_and_unload` will return is a razor model too.
+    inner = [model.get_base_model()] if hasattr(model, "get_base_model") else []
+    for prepared in (model, *inner):
+        extend(prepared, RazorModel)
+        prepared.razor_config = config
     model._razor_watch = watch_first_forward(model)
     return model
 

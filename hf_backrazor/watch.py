@@ -15,35 +15,43 @@ from .modules import RazorModule
 
 
 def watch_first_forward(model: nn.Module) -> RemovableHandle:
-    """Warn, after the first training forward of `model`, of what razor cannot see or do there.
+    """Warn, in the first training forward of `model`, of what razor cannot see or do there.
 
     - Layers whose weight is used without the layer being called: what that computation saves stays dense.
     - Activation checkpointing: it saves next to nothing already, so that razor gains little.
     - A cache of keys and values: it keeps them whole, beside the packed ones.
+
+    Returns:
+        The hook's handle, which the model must hold as `_razor_watch`.
     """
 
-    def before(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not (model.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
-            return
-        handle.remove()
-        _notice_checkpointing(model)
-        watch = _WeightUse(model)
+    return model.register_forward_pre_hook(_before_forward, with_kwargs=True)
 
-        def after(model: nn.Module, args: tuple, output: Any) -> None:
-            stop.remove()
-            watch.close()
-            if getattr(output, "past_key_values", None) is not None:
-                warnings.warn(
-                    "the model returns a cache, which keeps the keys and values of every layer whole for as long as "
-                    "the output lives; for training set `model.config.use_cache = False`",
-                    stacklevel=2,
-                )
 
-        stop = model.register_forward_hook(after, always_call=True)
-        watch.__enter__()
+# A function of the module, not a closure: models are pickled and copied with their hooks.
+def _before_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    if not (model.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        return
+    model._razor_watch.remove()
+    _notice_checkpointing(model)
+    watch = _WeightUse(model)
 
-    handle = model.register_forward_pre_hook(before, with_kwargs=True)
-    return handle
+    def after(model: nn.Module, args: tuple, output: Any) -> None:
+        stop.remove()
+        watch.close()
+        _notice_cache(output)
+
+    stop = model.register_forward_hook(after, always_call=True)
+    watch.__enter__()
+
+
+def _notice_cache(output: Any) -> None:
+    if getattr(output, "past_key_values", None) is not None:
+        warnings.warn(
+            "the model returns a cache, which keeps the keys and values of every layer whole for as long as the output "
+            "lives; for training set `model.config.use_cache = False`",
+            stacklevel=2,
+        )
 
 
 def _notice_checkpointing(model: nn.Module) -> None:

@@ -82,9 +82,7 @@ def main() -> None:
         splits = handwritten_digits()
         train_rows, eval_rows = splits["train"], splits["test"]
     else:
-        # One process goes first, so that the others find what it cached.
-        with accelerator.main_process_first():
-            train_rows, eval_rows = load_splits(args.dataset, args.dataset_config, args.train_split, args.eval_split)
+        train_rows, eval_rows = load_splits(args.dataset, args.dataset_config, args.train_split, args.eval_split)
     require_column(train_rows, eval_rows, args.image_column, "--image_column")
     require_column(train_rows, eval_rows, args.label_column, "--label_column")
     channels = require_images(train_rows, args.image_column, "--image_column")

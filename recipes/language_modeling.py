@@ -89,9 +89,7 @@ def main() -> None:
         splits = python_topics()
         train_rows, eval_rows = splits["train"], splits["test"]
     else:
-        # One process goes first, so that the others find what it cached.
-        with accelerator.main_process_first():
-            train_rows, eval_rows = load_splits(args.dataset, args.dataset_config, args.train_split, args.eval_split)
+        train_rows, eval_rows = load_splits(args.dataset, args.dataset_config, args.train_split, args.eval_split)
     require_column(train_rows, eval_rows, args.text_column, "--text_column")
     require_text(train_rows, args.text_column, "--text_column")
 
@@ -142,6 +140,7 @@ def main() -> None:
     def with_labels(rows: dict[str, list]) -> dict[str, list]:
         return {**rows, "labels": rows["input_ids"]}
 
+    # One process goes first, so that the others find what it cached.
     with accelerator.main_process_first():
         train_set, eval_set = (
             rows.map(cut_into_blocks, batched=True, remove_columns=rows.column_names)

@@ -77,9 +77,7 @@ def main() -> None:
         splits = docstring_task()
         train_rows, eval_rows = splits["train"], splits["test"]
     else:
-        # One process goes first, so that the others find what it cached.
-        with accelerator.main_process_first():
-            train_rows, eval_rows = load_splits(args.dataset, args.dataset_config, args.train_split, args.eval_split)
+        train_rows, eval_rows = load_splits(args.dataset, args.dataset_config, args.train_split, args.eval_split)
     require_column(train_rows, eval_rows, args.text_column, "--text_column")
     require_column(train_rows, eval_rows, args.label_column, "--label_column")
     require_text(train_rows, args.text_column, "--text_column")
@@ -111,6 +109,7 @@ def main() -> None:
         encoded = tokenizer(texts, truncation=True, max_length=args.max_length)
         return {**encoded, "labels": rows[args.label_column]}
 
+    # One process goes first, so that the others find what it cached.
     with accelerator.main_process_first():
         train_set = train_rows.map(tokenize, batched=True, remove_columns=train_rows.column_names)
         eval_set = eval_rows.map(tokenize, batched=True, remove_columns=eval_rows.column_names)

@@ -94,7 +94,9 @@ def test_printing_shows_what_was_replaced_and_how() -> None:
 def test_a_second_call_is_refused() -> None:
     model, _ = make("vit")
     get_razor_model(model)
-    with pytest.raises(ValueError, match=r"already; call `unload\(\)`"):
+    with pytest.raises(
+        ValueError, match=r"this \(ViTForImageClassification\) was prepared by .* already; call `unload\(\)`"
+    ):
         get_razor_model(model)
 
 

@@ -214,7 +214,6 @@ def test_merge_and_unload_after_razor(name: str) -> None:
     torch.testing.assert_close(logits(merged, batch), adapted_logits, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="merging strands razor modules in a model that cannot unload them")
 def test_a_merged_model_can_go_on_as_a_plain_or_razor_model() -> None:
     model, batch = make("bert")
     merged = get_razor_model(with_lora(model, "bert")).merge_and_unload().requires_grad_(True)
@@ -227,7 +226,6 @@ def test_a_merged_model_can_go_on_as_a_plain_or_razor_model() -> None:
     assert torch.equal(step(razor, batch)[0], step(dense, batch)[0])
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="razor modules are extended a second time")
 def test_razor_then_lora_then_razor_packs_adapters_or_is_refused() -> None:
     model, _ = make("bert")
     adapted = with_lora(get_razor_model(model), "bert")

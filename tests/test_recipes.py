@@ -369,4 +369,5 @@ def test_the_plain_image_processor_computes_what_is_read_back(recipe_modules, tm
         processor.save_pretrained(str(tmp_path))
         pil_images = [as_pil_image(image, 1) for image in images]
         theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path)(pil_images, return_tensors="pt")
-        torch.testing.assert_close(processor(images)["pixel_values"], theirs["pixel_values"], atol=2 / 255, rtol=0)
+        # Within one grey level, where Pillow rounds the other way.
+        torch.testing.assert_close(processor(images)["pixel_values"], theirs["pixel_values"], atol=0.008, rtol=0)

@@ -515,20 +515,10 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),
     "torch.save": by_torch_save,
 }
-NOT_PICKLED = pytest.mark.xfail(
-    strict=True, raises=AttributeError, reason="the hook that watches the first forward is a local function"
-)
 
 
-@pytest.mark.parametrize(
-    ("way", "when"),
-    [
-        *((way, "after") for way in COPIES),
-        ("deepcopy", "before"),
-        pytest.param("pickle", "before", marks=NOT_PICKLED),
-        pytest.param("torch.save", "before", marks=NOT_PICKLED),
-    ],
-)
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("way", COPIES)
 @pytest.mark.parametrize("name", ["bert", "gpt2", "vit", "llama"])
 def test_copies(name: str, way: str, when: str) -> None:
     """Before and after the first training step, in which the model is watched."""
@@ -557,7 +547,6 @@ def test_copies(name: str, way: str, when: str) -> None:
     assert any(not torch.equal(dense[key], expected[key]) for key in expected)  # razor's were its own
 
 
-@pytest.mark.xfail(strict=True, reason="the copied hook removes the original's, and stays for good")
 def test_a_copy_is_watched_by_itself_and_once() -> None:
     def notices(model: nn.Module) -> int:
         with warnings.catch_warnings(record=True) as caught:
@@ -591,7 +580,7 @@ def test_half_precision_weights(name: str, dtype: torch.dtype, cast_first: bool)
 
 
 @pytest.mark.parametrize("preset", ["lossless", "paper", "balanced", "fast"])
-@pytest.mark.parametrize("name", ["bert", "gpt2", "vit", "llama", "t5"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "vit", "qwen3", "t5"])
 def test_autocast(name: str, preset: str) -> None:
     plain, batch = make(name)
     razor = get_razor_model(copy.deepcopy(plain), RazorConfig.preset(preset))
