@@ -103,7 +103,7 @@ def _collect(root: Path, files: list[Path], limit: int, seen: set[str]) -> list[
     return found
 
 
-def docstring_task(train_per_library: int = 300, test_per_library: int = 75, seed: int = 0) -> DatasetDict:
+def docstring_task(train_per_library: int = 270, test_per_library: int = 60, seed: int = 0) -> DatasetDict:
     """Build the task: columns `text`, `label` and `file`, with equally many texts from each library.
 
     The same library versions and the same seed give the same texts in the same order. A file lends its
