@@ -410,6 +410,17 @@ def test_a_module_outside_of_transformers() -> None:
     model(torch.randn(4, 8)).sum().backward()
 
 
+@pytest.mark.slow
+def test_compiled_and_eager_gradients_agree() -> None:
+    model = get_razor_model(Block(), RazorConfig(overrides={"up": {"sparsity": 0.5}, "down": {"sparsity": 0.75}}))
+    x = torch.randn(4, 8)
+    expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    compiled = torch.compile(model, backend="aot_eager")
+    grads = torch.autograd.grad(compiled(x).square().sum(), list(model.parameters()))
+    for a, b in zip(grads, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_attention_in_training_answers_output_attentions_as_sdpa_does() -> None:
     model, batch = make("bert")
     get_razor_model(model)
