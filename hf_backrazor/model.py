@@ -101,8 +101,8 @@ def get_razor_model(model: Model, config: RazorConfig | None = None) -> Model:
     for name, module in model.named_modules():
         if isinstance(module, (RazorModel, RazorModule)):
             raise ValueError(
-                f"{name or 'this'} ({type(module).__name__}) was prepared by `get_razor_model` already; call `unload()` "
-                "on the model that came from it first"
+                f"{name or 'this'} ({type(module).__name__}) was prepared by `get_razor_model` already; call "
+                "`unload()` on the model that came from it first"
             )
     config = dataclasses.replace(config) if config is not None else RazorConfig()
     if config.base_model_name_or_path is None:
