@@ -78,6 +78,7 @@ def add_shared_arguments(
     training.add_argument("--max_grad_norm", type=positive, default=1.0, help="0 turns clipping off")
     training.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: as launched")
     training.add_argument("--seed", type=whole, default=0)
+    training.add_argument("--threads", type=count, help="CPU threads a process (default: its share of the cores)")
 
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", default=output_dir)

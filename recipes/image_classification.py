@@ -34,6 +34,7 @@ from transformers.utils import is_vision_available
 
 from arguments import OneLineParser, add_shared_arguments, count, razor_config
 from chosen_dataset import at_most, load_splits, require_column, require_images, with_class_labels
+from cpu_threads import use_cpu_threads
 from hf_backrazor import get_razor_model, measure_saved_bytes
 from image_pixels import PlainImageProcessor, as_pil_image
 from offline_data import handwritten_digits
@@ -72,6 +73,7 @@ def main() -> None:
             # The seed alone orders the batches, so that razor and dense runs see the same ones.
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
         )
+    use_cpu_threads(accelerator, args.threads)
     hide_progress = not accelerator.is_local_main_process
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

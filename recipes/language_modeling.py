@@ -37,6 +37,7 @@ from transformers import (
 
 from arguments import OneLineParser, add_shared_arguments, count, nonzero_fraction, razor_config
 from chosen_dataset import at_most, load_splits, require_column, require_text
+from cpu_threads import use_cpu_threads
 from hf_backrazor import get_razor_model, measure_saved_bytes
 from offline_data import python_topics, train_tokenizer
 from one_line_errors import stop, stop_on_error
@@ -79,6 +80,7 @@ def main() -> None:
             # The seed alone orders the batches, so that razor and dense runs see the same ones.
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
         )
+    use_cpu_threads(accelerator, args.threads)
     hide_progress = not accelerator.is_local_main_process
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -30,6 +30,7 @@ from transformers import (
 
 from arguments import OneLineParser, add_shared_arguments, razor_config
 from chosen_dataset import at_most, load_splits, require_column, require_text, with_class_labels
+from cpu_threads import use_cpu_threads
 from docstring_task import docstring_task
 from hf_backrazor import get_razor_model, measure_saved_bytes
 from offline_data import minilm_folder
@@ -67,6 +68,7 @@ def main() -> None:
             # The seed alone orders the batches, so that razor and dense runs see the same ones.
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
         )
+    use_cpu_threads(accelerator, args.threads)
     hide_progress = not accelerator.is_local_main_process
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

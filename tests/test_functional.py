@@ -259,6 +259,19 @@ def test_recomputed_attention_gives_gradients_to_the_other_tensors() -> None:
     assert gradcheck(lambda q, k, v, b: recomputed_attention(attend, q, k, v, (b,), LOSSLESS, False), (q, k, v, bias))
 
 
+def test_recomputed_attention_gives_gradients_to_parameters_that_it_reads_by_itself() -> None:
+    q, k, v, scale, unused = double(1, 2, 4, 3), double(1, 2, 4, 3), double(1, 2, 4, 3), double(1), double(2)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q * scale, k, v, attn_mask=bias)
+
+    bias = double(1, 1, 4, 4)
+    assert gradcheck(
+        lambda q, k, v, b, *read: recomputed_attention(attend, q, k, v, (b,), LOSSLESS, False, read),
+        (q, k, v, bias, scale, unused),
+    )
+
+
 def test_recomputation_leaves_the_generator_where_it_was() -> None:
     q, k, v = (torch.randn(1, 2, 4, 8, requires_grad=True) for _ in range(3))
     attend = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)  # noqa: E731

@@ -26,6 +26,7 @@ def recomputed_attention(
     others: Sequence[Tensor],
     spec: PackSpec,
     random: bool,
+    parameters: Sequence[Tensor] = (),
 ) -> Tensor:
     """Attention that saves packed q, k, v and runs `attend` again in backward.
 
@@ -39,11 +40,13 @@ def recomputed_attention(
             that require a gradient get one.
         spec: how q, k and v are packed.
         random: `attend` draws random numbers.
+        parameters: learnable parameters that `attend` reads by itself.
 
     Returns:
         What `attend` returns.
     """
-    return _RecomputedAttention.apply(attend, spec, random, query, key, value, *others)
+    parameters = tuple(parameters)
+    return _RecomputedAttention.apply(attend, spec, random, parameters, query, key, value, *others, *parameters)
 
 
 class _RecomputedAttention(torch.autograd.Function):
@@ -53,18 +56,21 @@ class _RecomputedAttention(torch.autograd.Function):
         attend: Callable[..., Tensor],
         spec: PackSpec,
         random: bool,
+        parameters: tuple[Tensor, ...],
         query: Tensor,
         key: Tensor,
         value: Tensor,
         *others: Tensor,
     ) -> Tensor:
+        # Those come last of all once more, so that autograd knows of them; `attend` has them already.
+        others = others[: len(others) - len(parameters)]
         packed = [pack(x, spec) for x in (query, key, value)]
         rng = [get_rng_state(query.device)] if random else []
         ctx.attend, ctx.random = attend, random
         ctx.autocast = current_autocast(query.device.type)
         ctx.layouts = [(p.layout, len(p.parts)) for p in packed]
-        ctx.save_for_backward(*rng, *others, *(part for p in packed for part in p.parts))
-        ctx.others = len(others)
+        ctx.save_for_backward(*rng, *parameters, *others, *(part for p in packed for part in p.parts))
+        ctx.counts = len(parameters), len(others)
         return attend(query, key, value, *others)
 
     @staticmethod
@@ -72,15 +78,18 @@ class _RecomputedAttention(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         saved = list(ctx.saved_tensors)
         rng = saved.pop(0) if ctx.random else None
-        others, saved = saved[: ctx.others], saved[ctx.others :]
+        parameter_count, other_count = ctx.counts
+        parameters, saved = saved[:parameter_count], saved[parameter_count:]
+        others, saved = saved[:other_count], saved[other_count:]
         inputs = _unpack_all(ctx.layouts, saved) + [x.detach() for x in others]
-        for x, needed in zip(inputs, ctx.needs_input_grad[3:], strict=True):
+        for x, needed in zip(inputs, ctx.needs_input_grad[4:], strict=False):
             x.requires_grad_(needed)
         with torch.enable_grad(), ctx.autocast, replayed_rng(grad_output.device, rng):
             output = ctx.attend(*inputs)
+        inputs += parameters
         wanted = [x for x in inputs if x.requires_grad]
         grads = iter(torch.autograd.grad(output, wanted, grad_output, allow_unused=True))
-        return None, None, None, *(next(grads) if x.requires_grad else None for x in inputs)
+        return None, None, None, None, *(next(grads) if x.requires_grad else None for x in inputs)
 
 
 def sparse_attention(

@@ -104,7 +104,9 @@ def razor_attention_forward(
             "model in eval mode with `attn_implementation='eager'`."
         )
     config: RazorConfig = module.razor_config
-    if config.attention == "sparse" and (reason := _beyond_sparse(kwargs, attention_mask)):
+    # Such as the sinks that GPT-OSS's eager attention reads from its module.
+    parameters = tuple(module.parameters(recurse=False))
+    if config.attention == "sparse" and (reason := _beyond_sparse(kwargs, attention_mask, parameters)):
         logger.warning_once(
             f"{type(module).__name__}: attention='sparse' does not know {reason}; probabilities are recomputed from "
             "sparse q, k, v instead."
@@ -126,7 +128,7 @@ def razor_attention_forward(
 
     spec = input_spec(config) if config.attention == "sparse" else _qkv_spec(config.qkv_bits)
     random = bool(kwargs.get("dropout"))
-    return recomputed_attention(attend, query, key, value, others, spec, random), None
+    return recomputed_attention(attend, query, key, value, others, spec, random, parameters), None
 
 
 def _sparse(
@@ -174,12 +176,14 @@ def _add_position_bias(bias: Tensor | None, mask: Tensor | None) -> Tensor | Non
     return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
 
 
-def _beyond_sparse(kwargs: dict[str, Any], attention_mask: Any) -> str | None:
+def _beyond_sparse(kwargs: dict[str, Any], attention_mask: Any, parameters: tuple[Tensor, ...]) -> str | None:
     """What among the arguments changes the probabilities in a way that sparse attention does not reproduce."""
     if attention_mask is not None and not isinstance(attention_mask, Tensor):
         return type(attention_mask).__name__
-    if isinstance(attention_mask, Tensor) and (attention_mask.dim() != 4 or attention_mask.requires_grad):
-        return "this attention mask"
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() != 4:
+        return f"an attention mask of {attention_mask.dim()} dimensions"
+    if parameters:
+        return "parameters of the module's own"
     for name in ("softcap", "s_aux", "head_mask"):
         if kwargs.get(name) is not None:
             return f"`{name}`"
