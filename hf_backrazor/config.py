@@ -47,7 +47,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "residual_bits": 0,
         "norm": "input",
         "norm_bits": 0,
-        "value_dtype": "float16",
+        "value_dtype": "float16",  # the released ViT code builds its model with half=True
         "attention": "sparse",
         "activation_bits": 16,
     },
@@ -86,7 +86,8 @@ class RazorConfig(PushToHubMixin):
         norm_bits: what `residual_bits` is, for the tensor a norm stores.
         value_dtype: dtype of the elements kept exactly: `"auto"`, `"float32"`, `"bfloat16"`, `"float16"` or
             `"int8"`; never wider than the tensor itself. `"auto"`: the tensor's own dtype at sparsity 0 or if
-            it has 16 bits, bfloat16 if it has more. `"int8"`: with one scale per set that top-k runs over.
+            it has 16 bits, bfloat16 if it has more. `"float16"`: magnitudes above 65504 become infinite, and show
+            in the gradient. `"int8"`: with one scale per set that top-k runs over.
         attention: `"recompute"` stores q, k, v in `qkv_bits` and computes probabilities again in backward;
             `"sparse"`, the paper's, stores probabilities, q, k, v sparse and ignores `qkv_bits`.
         qkv_bits: bits for q, k, v: 4 or 8 (a code, one scale per row), 16 (half precision) or 32 (unchanged).

@@ -12,7 +12,7 @@ import torch
 from architectures import make
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
+from transformers import BertConfig, BertForSequenceClassification, GptOssConfig, GptOssForCausalLM, PreTrainedModel
 
 from hf_backrazor import MemoryReport, RazorConfig, RazorModel, get_razor_model, measure_saved_bytes
 from hf_backrazor.modules import RazorActivation, RazorAttention, RazorLinear, RazorModule
@@ -383,6 +383,30 @@ def test_autocast(name: str) -> None:
             assert grad.grad.dtype == expected.grad.dtype
             scale = expected.grad.abs().max() + 1e-3
             assert (grad.grad - expected.grad).abs().max() <= 0.05 * scale, parameter
+
+
+def test_sinks_that_the_attention_function_reads_from_its_module_get_their_gradient() -> None:
+    config = GptOssConfig(
+        vocab_size=64,
+        hidden_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        intermediate_size=32,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        use_cache=False,
+    )
+    dense = GptOssForCausalLM._from_config(config, attn_implementation="eager").train()
+    tokens = torch.randint(64, (2, 9))
+    batch = {"input_ids": tokens, "labels": tokens}
+    expected = gradients(dense, batch)
+    grads = gradients(get_razor_model(dense, RazorConfig.preset("lossless")), batch)
+    sinks = "model.layers.0.self_attn.sinks"
+    assert expected[sinks].any()
+    for name, grad in expected.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_every_activation_of_act2fn_is_handled() -> None:
