@@ -100,12 +100,24 @@ class MemoryReport:
             "modules": [asdict(row) for row in self.modules],
         }
 
+    def to_string(self, modules: int | None = 5) -> str:
+        """The kinds of operator as a table, and below it the modules that save most with razor.
+
+        Args:
+            modules: how many modules to list; None: all, in the model's order.
+        """
+        kinds = [(kind, *sizes) for kind, sizes in self.by_kind.items()]
+        kinds.append(("total", self.dense_bytes, self.razor_bytes))
+        listed = self.modules
+        if modules is not None:
+            listed = sorted(self.modules, key=lambda row: -row.razor_bytes)[:modules]
+        details = [(row.name or "(model)", row.dense_bytes, row.razor_bytes) for row in listed]
+        return (
+            _table("saved for backward", kinds) + "\n\n" + _table("by module" if modules is None else "most", details)
+        )
+
     def __str__(self) -> str:
-        largest = sorted(self.modules, key=lambda row: -row.razor_bytes)[:5]
-        rows = [(kind, *sizes) for kind, sizes in self.by_kind.items()]
-        rows.append(("total", self.dense_bytes, self.razor_bytes))
-        details = [(row.name or "(model)", row.dense_bytes, row.razor_bytes) for row in largest]
-        return _table("saved for backward", rows) + "\n\n" + _table("largest with razor", details)
+        return self.to_string()
 
 
 def measure_saved_bytes(model: nn.Module, **batch: Any) -> SavedBytes:

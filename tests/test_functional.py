@@ -211,6 +211,14 @@ def test_inputs_need_not_be_contiguous(spec: PackSpec) -> None:
     assert torch.equal(torch.autograd.grad(dropout(x, 0.4).sum(), x)[0], mask)
 
 
+def test_gradcheck_dropout() -> None:
+    def function(x: Tensor) -> Tensor:
+        torch.manual_seed(2)  # the same mask in every evaluation
+        return dropout(x, 0.3)
+
+    assert gradcheck(function, (double(3, 5),))
+
+
 def test_dropout_saves_one_bit_an_element() -> None:
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):

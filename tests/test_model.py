@@ -286,6 +286,7 @@ def test_memory_report_agrees_with_an_independent_count_and_leaves_no_trace() ->
     assert data["razor_bytes"] == sum(kind["razor_bytes"] for kind in data["by_kind"].values())
     text = str(report)
     assert all(word in text for word in ("linear", "attention", "total", "dense MiB", "razor MiB"))
+    assert all(row.name in report.to_string(modules=None) for row in report.modules)
 
 
 def test_shared_input_of_q_k_and_v_is_stored_once() -> None:
