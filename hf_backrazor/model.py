@@ -111,10 +111,12 @@ def get_razor_model(model: Model, config: RazorConfig | None = None) -> Model:
     replaced: dict[str, tuple[nn.Module, type[RazorModule]]] = {}
     skipped: dict[str, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
-        if not name:
-            continue
         operator = next((operator for operator in OPERATORS if operator.handles(module)), None)
-        if operator is not None:
+        if operator is not None and not name:
+            skipped["its forward is that of the model itself"].append(type(module).__name__)
+        elif operator is not None and "forward" in module.__dict__:
+            skipped["its forward was replaced on the instance, as Accelerate's hooks do"].append(name)
+        elif operator is not None:
             replaced[name] = (module, operator)
         elif matches_target(config, name):
             for reason in filter(None, (operator.cannot_handle(module) for operator in OPERATORS)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -164,7 +165,7 @@ def test_relu_lets_the_same_gradients_through_as_autograd() -> None:
     assert torch.equal(grad, expected)
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("p", [0.1, 0.15, 0.42, 0.5, 0.9, 0.97])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", [(1,), (3, 7), (2, 3, 33)], ids=str)
 def test_dropout_is_the_dense_one_for_the_same_generator(shape: tuple[int, ...], dtype: torch.dtype, p: float) -> None:
@@ -315,7 +316,7 @@ def test_exact_gradients_stay_exact(spec: PackSpec) -> None:
 
 
 def test_consumers_of_a_tensor_share_its_packed_copy() -> None:
-    x = torch.randn(4, 9, 32, requires_grad=True)
+    x = torch.randn(4, 9, 32, requires_grad=True) * 1
     storages = set()
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: storages.add(t.untyped_storage().data_ptr()) or t, lambda t: t
@@ -328,7 +329,7 @@ def test_consumers_of_a_tensor_share_its_packed_copy() -> None:
 
 
 def test_a_changed_tensor_is_packed_anew() -> None:
-    x, w = torch.randn(4, 32), torch.randn(8, 32, requires_grad=True)
+    x, w = torch.randn(4, 32, requires_grad=True) * 1, torch.randn(8, 32, requires_grad=True)
     linear(x, w, None, LOSSLESS)
     linear(x, w, None, PAPER)
     x.mul_(-3)
@@ -336,6 +337,17 @@ def test_a_changed_tensor_is_packed_anew() -> None:
     fresh = x.clone()
     (expected,) = torch.autograd.grad(linear(fresh, w, None, PAPER).sum(), w)
     assert torch.equal(grad, expected)
+
+
+def test_an_input_rewritten_without_a_new_version_is_packed_anew() -> None:
+    buffer = np.ones((2, 4), dtype=np.float32)
+    x, w = torch.from_numpy(buffer), torch.randn(3, 4, requires_grad=True)
+    linear(x, w, None, PAPER)
+    buffer[:] = 5
+    (grad,) = torch.autograd.grad(linear(x, w, None, LOSSLESS).sum(), w)
+    (again,) = torch.autograd.grad(linear(x, w, None, LOSSLESS).sum(), w)
+    assert torch.equal(grad, torch.full((3, 4), 10.0))
+    assert torch.equal(again, grad)
 
 
 def test_differentiating_twice_is_refused() -> None:

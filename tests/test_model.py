@@ -9,10 +9,20 @@ import warnings
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from architectures import make
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BertConfig, BertForSequenceClassification, GptOssConfig, GptOssForCausalLM, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    BertConfig,
+    BertForSequenceClassification,
+    DeepseekV32Config,
+    DeepseekV32ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    PreTrainedModel,
+)
 
 from hf_backrazor import MemoryReport, RazorConfig, RazorModel, get_razor_model, measure_saved_bytes
 from hf_backrazor.modules import RazorActivation, RazorAttention, RazorLinear, RazorModule
@@ -408,6 +418,115 @@ def test_sinks_that_the_attention_function_reads_from_its_module_get_their_gradi
     assert expected[sinks].any()
     for name, grad in expected.items():
         torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_attention_that_takes_other_paths_by_name_is_left_alone_and_named() -> None:
+    config = DeepseekV32Config(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        n_routed_experts=2,
+        num_experts_per_tok=1,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=8,
+        index_topk=3,
+        index_n_heads=2,
+        index_head_dim=8,
+    )
+    dense = DeepseekV32ForCausalLM._from_config(config).eval()
+    tokens = torch.randint(64, (2, 9))
+    expected = dense(tokens).logits
+    with pytest.warns(UserWarning, match="takes other paths by the name of its attention function: model.layers.0"):
+        razor = get_razor_model(dense, RazorConfig.preset("lossless"))
+    assert torch.equal(razor(tokens).logits, expected)
+
+
+def test_leaving_training_before_backward_does_not_change_the_gradient() -> None:
+    model, batch = make("bert", "eager")
+    get_razor_model(model)
+    expected = gradients(model, batch)
+    model.zero_grad()
+    torch.manual_seed(3)
+    loss = model(**batch).loss
+    model.eval()
+    loss.backward()
+    for name, grad in expected.items():
+        assert torch.equal(dict(model.named_parameters())[name].grad, grad), name
+
+
+def test_a_layer_whose_forward_was_replaced_on_the_instance_is_named() -> None:
+    model = Block()
+    add_hook_to_module(model.up, ModelHook())
+    with pytest.warns(UserWarning, match="replaced on the instance, as Accelerate's hooks do: up"):
+        get_razor_model(model)
+    assert "up" not in dict(model.razor_modules())
+
+
+def test_an_attention_function_of_somebody_elses_is_recomputed_even_in_paper_form() -> None:
+    def half(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs):
+        return F.scaled_dot_product_attention(query, key * 0.5, value).transpose(1, 2), None
+
+    AttentionInterface.register("half", half)
+    dense, batch = make("bert")
+    dense.set_attn_implementation("half")
+    expected = gradients(dense, batch)
+    everything = RazorConfig.preset("paper", sparsity=0.0, value_dtype="auto", activation_bits=32)
+    grads = gradients(get_razor_model(dense, everything), batch)
+    for name, grad in expected.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rms_norm_without_a_stated_epsilon(dtype: torch.dtype) -> None:
+    dense = nn.Sequential(nn.RMSNorm(8)).to(dtype)
+    razor = get_razor_model(copy.deepcopy(dense), RazorConfig.preset("lossless"))
+    inputs = [
+        (1e-3 * torch.randn(4, 8, generator=torch.Generator().manual_seed(0), dtype=dtype)).requires_grad_()
+        for _ in "ab"
+    ]
+    grads = [torch.autograd.grad(m(x).sin().sum(), x)[0] for m, x in zip((dense, razor), inputs, strict=True)]
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+@pytest.mark.parametrize("default", ["meta device", "bfloat16"])
+def test_norms_are_recognised_whatever_the_defaults(default: str) -> None:
+    model, _ = make("llama")
+    before = torch.get_default_dtype()
+    try:
+        if default == "bfloat16":
+            torch.set_default_dtype(torch.bfloat16)
+            get_razor_model(model)
+        else:
+            with torch.device("meta"):
+                get_razor_model(model)
+    finally:
+        torch.set_default_dtype(before)
+    assert replaced(model, "norm")
+
+
+def test_meta_model_in_training() -> None:
+    model, batch = make("bert")
+    get_razor_model(model).to("meta")
+    del batch["attention_mask"]  # Transformers reads its values
+    assert model(**{name: value.to("meta") for name, value in batch.items()}).loss.device.type == "meta"
+
+
+def test_a_function_without_a_rule_under_autocast() -> None:
+    model = get_razor_model(nn.Sequential(nn.Linear(8, 8), nn.PReLU()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(torch.randn(4, 8))
+    output.float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_every_activation_of_act2fn_is_handled() -> None:

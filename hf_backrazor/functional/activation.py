@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from ..packing import Layout, PackSpec, decode_grid, encode_grid, pack, pack_bits, unpack_bits
-from .precision import accumulate_dtype
+from .precision import accumulate_dtype, current_autocast
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ class _Activation(torch.autograd.Function):
         else:
             packed = pack(x, PackSpec(value_dtype="auto" if bits == 32 else "float16"))
             ctx.layout = packed.layout
+            ctx.autocast = current_autocast(x.device.type)
             (stored,) = packed.parts
         ctx.rows = rows
         ctx.save_for_backward(stored, *parameters)
@@ -110,7 +111,7 @@ def _grad_by_autograd(
     ctx: FunctionCtx, layout: Layout, stored: Tensor, parameters: Sequence[Tensor], grad_output: Tensor
 ) -> tuple[Tensor | None, ...]:
     x = layout.unpack((stored,)).detach().requires_grad_()
-    with torch.enable_grad():
+    with torch.enable_grad(), ctx.autocast:
         output = ctx.function(x)
     wanted = [tensor for tensor in (x, *parameters) if tensor.requires_grad]
     grads = iter(torch.autograd.grad(output, wanted, grad_output, allow_unused=True))

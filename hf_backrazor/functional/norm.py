@@ -47,7 +47,7 @@ def layer_norm(
 def rms_norm(
     x: Tensor,
     weight: Tensor | None,
-    eps: float,
+    eps: float | None,
     spec: PackSpec,
     stores: str = "x_hat",
     offset: float = 0.0,
@@ -58,7 +58,7 @@ def rms_norm(
     Args:
         x: `(..., n)`, float.
         weight: `(n,)` or None.
-        eps: added to the mean square.
+        eps: added to the mean square; None: the machine epsilon of the dtype of `x`.
         spec: how the stored tensor is packed.
         stores: `"x_hat"` or `"input"`.
         offset: added to the weight (1 for Gemma's norms).
@@ -129,7 +129,7 @@ class _RMSNorm(torch.autograd.Function):
         ctx: FunctionCtx,
         x: Tensor,
         weight: Tensor | None,
-        eps: float,
+        eps: float | None,
         spec: PackSpec,
         stores: str,
         offset: float,
@@ -140,6 +140,7 @@ class _RMSNorm(torch.autograd.Function):
         ctx.offset = offset
         ctx.input_dtype = x.dtype
         wide = x.to(accumulate_dtype(x))
+        eps = torch.finfo(x.dtype).eps if eps is None else eps
         rstd = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         packed = pack_shared(x, spec) if stores == "input" else pack((wide * rstd).to(x.dtype), spec)
         ctx.layout = packed.layout

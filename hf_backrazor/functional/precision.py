@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -10,19 +10,26 @@ from torch import Tensor
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """dtype that a matrix product of `x` runs in: autocast's where it is on, else the tensor's own."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if _autocast_is_on(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
 def current_autocast(device_type: str) -> AbstractContextManager:
     """A context that puts back the autocast state of this moment; backward runs outside of the forward's."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
     return torch.autocast(
         device_type,
         dtype=torch.get_autocast_dtype(device_type),
         enabled=torch.is_autocast_enabled(device_type),
         cache_enabled=False,
     )
+
+
+def _autocast_is_on(device_type: str) -> bool:
+    # Asking for a device without autocast ("meta") is an error.
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def accumulate_dtype(x: Tensor) -> torch.dtype:

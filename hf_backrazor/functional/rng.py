@@ -13,6 +13,8 @@ def get_rng_state(device: torch.device) -> Tensor:
     """State of the default generator of `device`: uint8, 5056 bytes on a CPU, 16 on CUDA."""
     if device.type == "cpu":
         return torch.get_rng_state()
+    if device.type == "meta":  # draws nothing
+        return torch.empty(0, dtype=torch.uint8)
     return torch.get_device_module(device).get_rng_state(device)
 
 
@@ -20,7 +22,7 @@ def set_rng_state(device: torch.device, state: Tensor) -> None:
     """Set the default generator of `device`."""
     if device.type == "cpu":
         torch.set_rng_state(state)
-    else:
+    elif device.type != "meta":
         torch.get_device_module(device).set_rng_state(state, device)
 
 

@@ -27,13 +27,14 @@ def pack_shared(x: Tensor, spec: PackSpec, dtype: torch.dtype | None = None) -> 
     """Pack `x`, or return the copy that an earlier consumer of the same tensor packed in the same way.
 
     Args:
-        x: any floating-point tensor. A change in place since it was packed is noticed.
+        x: any floating-point tensor; shared if it has a `grad_fn`. A change in place since it was packed is noticed.
         spec: how to pack it.
         dtype: cast to this before packing (default: the dtype of `x`), as the consumer's own computation does.
     """
     dtype = dtype or x.dtype
-    if torch.compiler.is_compiling():
-        # The compiler merges equal subgraphs by itself, and cannot trace the dictionary.
+    # Tensors from outside of the graph can be written to without a new version (through numpy or `.data`). And the
+    # compiler merges equal subgraphs by itself, but cannot trace the dictionary.
+    if x.grad_fn is None or torch.compiler.is_compiling():
         return pack(x.detach().to(dtype), spec)
     entry = _shared.get(x)
     if entry is not None and entry[:3] == (x._version, spec, dtype):

@@ -30,6 +30,8 @@ logger = logging.get_logger(__name__)
 
 IMPLEMENTATION = "razor"
 
+# Where else a forward may read the name: GPT-2's asks whether to take its upcast path, which `handles` rules out.
+_HARMLESS = re.compile(r'using_eager = self\.config\._attn_implementation == "eager"')
 _LOOKUP = re.compile(r"get_interface\(\s*self\.config\._attn_implementation\s*,\s*(\w+)\s*,?\s*\)")
 
 
@@ -43,13 +45,16 @@ class RazorAttention(RazorModule):
         """See `RazorModule.handles`."""
         # GPT-2's upcast attention is a code path of its own that the module takes by the name "eager".
         upcast = getattr(module, "reorder_and_upcast_attn", False)
-        return hasattr(module, "config") and not upcast and _eager_function(type(module)) is not None
+        function = _eager_function(type(module))
+        return hasattr(module, "config") and not upcast and function is not None and not _branches(type(module))
 
     @classmethod
     def cannot_handle(cls, module: nn.Module) -> str | None:
         """See `RazorModule.cannot_handle`."""
         if isinstance(module, nn.MultiheadAttention):
             return "nn.MultiheadAttention reads its layers' weights without calling them"
+        if _eager_function(type(module)) is not None and _branches(type(module)):
+            return f"{type(module).__name__} takes other paths by the name of its attention function"
         if "Attention" in type(module).__name__ and _computes_scores(type(module)) and not cls.handles(module):
             return f"{type(module).__name__} does not call its attention function through AttentionInterface"
         return None
@@ -106,7 +111,7 @@ def razor_attention_forward(
     config: RazorConfig = module.razor_config
     # Such as the sinks that GPT-OSS's eager attention reads from its module.
     parameters = tuple(module.parameters(recurse=False))
-    if config.attention == "sparse" and (reason := _beyond_sparse(kwargs, attention_mask, parameters)):
+    if config.attention == "sparse" and (reason := _beyond_sparse(module, kwargs, attention_mask, parameters)):
         logger.warning_once(
             f"{type(module).__name__}: attention='sparse' does not know {reason}; probabilities are recomputed from "
             "sparse q, k, v instead."
@@ -116,19 +121,24 @@ def razor_attention_forward(
 
     # Tensors among the arguments go through autograd by themselves; everything else is bound to the call.
     names = [name for name, argument in kwargs.items() if isinstance(argument, Tensor)]
-    others = [kwargs[name] for name in names]
     bound = {name: argument for name, argument in kwargs.items() if name not in names}
-    if attention_mask is None or not isinstance(attention_mask, Tensor):
-        bound["attention_mask"] = attention_mask
-    else:
-        names, others = ["attention_mask", *names], [attention_mask, *others]
+    others = [kwargs[name] for name in names]
+    masks = [attention_mask] if isinstance(attention_mask, Tensor) else []
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *others: Tensor) -> Tensor:
-        return function(module, query, key, value, **bound, **dict(zip(names, others, strict=True)))[0]
+        # By position: attention functions give it names of their own.
+        mask = others[0] if masks else attention_mask
+        named = dict(zip(names, others[len(masks) :], strict=True))
+        # Eager attention drops if its module is in training; the module may have left that before backward.
+        training, module.training = module.training, True
+        try:
+            return function(module, query, key, value, mask, **bound, **named)[0]
+        finally:
+            module.training = training
 
     spec = input_spec(config) if config.attention == "sparse" else _qkv_spec(config.qkv_bits)
     random = bool(kwargs.get("dropout"))
-    return recomputed_attention(attend, query, key, value, others, spec, random, parameters), None
+    return recomputed_attention(attend, query, key, value, masks + others, spec, random, parameters), None
 
 
 def _sparse(
@@ -176,8 +186,13 @@ def _add_position_bias(bias: Tensor | None, mask: Tensor | None) -> Tensor | Non
     return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
 
 
-def _beyond_sparse(kwargs: dict[str, Any], attention_mask: Any, parameters: tuple[Tensor, ...]) -> str | None:
-    """What among the arguments changes the probabilities in a way that sparse attention does not reproduce."""
+def _beyond_sparse(
+    module: nn.Module, kwargs: dict[str, Any], attention_mask: Any, parameters: tuple[Tensor, ...]
+) -> str | None:
+    """What changes the probabilities in a way that sparse attention does not reproduce."""
+    name = module.__dict__["config"]._attn_implementation
+    if name not in ("eager", "sdpa"):
+        return f"attn_implementation={name!r}"
     if attention_mask is not None and not isinstance(attention_mask, Tensor):
         return type(attention_mask).__name__
     if isinstance(attention_mask, Tensor) and attention_mask.dim() != 4:
@@ -214,6 +229,13 @@ def _eager_function(cls: type[nn.Module]) -> Callable | None:
     """The function that the class's forward gives `AttentionInterface` as default; None if it does not use that."""
     found = _LOOKUP.search(forward_source(cls))
     return inspect.unwrap(cls.forward).__globals__.get(found.group(1)) if found else None
+
+
+@cache
+def _branches(cls: type[nn.Module]) -> bool:
+    """Whether the class's forward does something else, too, by the name of its attention function."""
+    source = _HARMLESS.sub("", _LOOKUP.sub("", forward_source(cls)))
+    return "_attn_implementation" in source or "is_flash_attention_requested" in source
 
 
 @cache

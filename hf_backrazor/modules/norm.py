@@ -44,7 +44,7 @@ class RazorRMSNorm(RazorModule):
 
     kind = "norm"
     razor_offset: float
-    razor_epsilon: float
+    razor_epsilon: float | None
 
     @classmethod
     def handles(cls, module: nn.Module) -> bool:
@@ -93,23 +93,25 @@ def _looks_like_norm(module: nn.Module) -> bool:
     )
 
 
-def _probe(module: nn.Module) -> tuple[float, float] | None:
+def _probe(module: nn.Module) -> tuple[float, float | None] | None:
     """The weight offset and the epsilon with which `module` is an RMSNorm, or None if it is none.
 
     The weight is replaced for the call, so this works on meta and sharded parameters too.
     """
-    epsilon = next((getattr(module, n) for n in ("variance_epsilon", "eps", "epsilon") if hasattr(module, n)), None)
-    epsilon = torch.finfo(torch.float32).eps if epsilon is None else float(epsilon)
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.rand(module.weight.shape, generator=generator)
-    # Small, so that epsilon shows.
-    x = torch.randn(2, *module.weight.shape, generator=generator) * epsilon**0.5
-    with torch.no_grad():
+    names = ("variance_epsilon", "eps", "epsilon")
+    epsilon = next((getattr(module, name) for name in names if hasattr(module, name)), None)
+    known = torch.finfo(torch.float32).eps if epsilon is None else float(epsilon)
+    # Explicitly on the CPU and in float32, whatever the defaults are just now.
+    with torch.no_grad(), torch.device("cpu"):
+        generator = torch.Generator("cpu").manual_seed(0)
+        weight = torch.rand(module.weight.shape, generator=generator, dtype=torch.float32)
+        # Small, so that epsilon shows.
+        x = torch.randn(2, *module.weight.shape, generator=generator, dtype=torch.float32) * known**0.5
+        x_hat = x * (x.square().mean(-1, keepdim=True) + known).rsqrt()
         try:
             y = functional_call(module, {"weight": weight}, (x,))
         except Exception:  # a forward of another kind; whatever it raises, it is not this operator
             return None
-        x_hat = x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt()
         for offset in (0.0, 1.0):
             if isinstance(y, Tensor) and torch.allclose(y, x_hat * (weight + offset), rtol=1e-4, atol=1e-5):
                 return offset, epsilon
