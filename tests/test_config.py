@@ -87,7 +87,9 @@ def saved(config: RazorConfig, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "wrong"), [(name, wrong) for name in FIELDS for wrong in WRONG[name] + NEVER], ids=str
+    ("name", "wrong"),
+    # Numbered, as a set's text differs from process to process.
+    [pytest.param(name, wrong, id=f"{name}-{i}") for name in FIELDS for i, wrong in enumerate(WRONG[name] + NEVER)],
 )
 def test_wrong_value_is_named_with_its_field_and_what_is_legal(name, wrong):
     with pytest.raises(ValueError, match=name) as caught:
