@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ..packing import Layout, PackSpec, decode_grid, encode_grid, pack, pack_bits, unpack_bits
+from ..packing import PackSpec, decode_grid, encode_grid, pack, pack_bits, unpack_bits
 from .precision import accumulate_dtype, current_autocast
 
 
@@ -94,7 +94,7 @@ class _Activation(torch.autograd.Function):
         stored, *parameters = ctx.saved_tensors
         rule, bits = ctx.rule, ctx.bits
         if rule is None:
-            return _grad_by_autograd(ctx, ctx.layout, stored, parameters, grad_output)
+            return _grad_by_autograd(ctx, stored, parameters, grad_output)
         if rule.steps is not None:
             mask = unpack_bits(stored, ctx.rows[1]).reshape(grad_output.shape)
             grad_input = torch.where(mask, grad_output, grad_output * rule.low if rule.low else 0)
@@ -108,9 +108,9 @@ class _Activation(torch.autograd.Function):
 
 
 def _grad_by_autograd(
-    ctx: FunctionCtx, layout: Layout, stored: Tensor, parameters: Sequence[Tensor], grad_output: Tensor
+    ctx: FunctionCtx, stored: Tensor, parameters: Sequence[Tensor], grad_output: Tensor
 ) -> tuple[Tensor | None, ...]:
-    x = layout.unpack((stored,)).detach().requires_grad_()
+    x = ctx.layout.unpack((stored,)).detach().requires_grad_()
     with torch.enable_grad(), ctx.autocast:
         output = ctx.function(x)
     wanted = [tensor for tensor in (x, *parameters) if tensor.requires_grad]

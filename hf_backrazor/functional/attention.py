@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ..packing import Packed, PackSpec, pack
+from ..packing import Layout, PackSpec, pack
 from .precision import current_autocast
 from .rng import get_rng_state, replayed_rng
 
@@ -183,11 +183,11 @@ class _SparseAttention(torch.autograd.Function):
         )
 
 
-def _unpack_all(layouts: list[tuple], parts: list[Tensor]) -> list[Tensor]:
+def _unpack_all(layouts: list[tuple[Layout, int]], parts: list[Tensor]) -> list[Tensor]:
     """Unpack several tensors whose parts follow each other."""
     dense = []
     for layout, count in layouts:
-        dense.append(Packed(layout, tuple(parts[:count])).unpack().detach())
+        dense.append(layout.unpack(tuple(parts[:count])).detach())
         parts = parts[count:]
     return dense
 
