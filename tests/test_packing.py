@@ -12,17 +12,20 @@ from hypothesis import strategies as st
 
 from hf_backrazor.packing import (
     CODE_BITS,
+    Cells,
     PackSpec,
     decode,
-    decode_grid,
+    decode_cells,
     encode,
-    encode_grid,
+    encode_cells,
+    index_coding,
     kept_count,
     pack,
     pack_bits,
     topk_mask,
     unpack_bits,
 )
+from hf_backrazor.packing.layout import SLICE_NUMEL
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 dtypes = st.sampled_from(FLOATS)
@@ -156,16 +159,11 @@ def test_paper_bytes(granularity: str) -> None:
     assert size == x.numel() / 8 + x.numel() / 4 * 4
 
 
-@pytest.mark.parametrize(("sparsity", "dtype"), [(0.9, torch.uint8), (0.99, torch.int16)])
-def test_index_is_the_smaller_of_mask_and_positions(sparsity: float, dtype: torch.dtype) -> None:
-    assert pack(torch.randn(3, 1000), PackSpec(sparsity)).parts[1].dtype == dtype
-
-
 def test_positions_of_large_sets_take_32_bits() -> None:
     x = torch.randn(1, 2**17)
-    packed = pack(x, PackSpec(0.999, "tensor", value_dtype="float32"))
+    packed = pack(x, PackSpec(0.9999, "tensor", value_dtype="float32"))
     assert packed.parts[1].dtype == torch.int32
-    assert torch.equal(packed.unpack() != 0, topk_mask(x, kept_count(x.numel(), 0.999)))
+    assert torch.equal(packed.unpack() != 0, topk_mask(x, kept_count(x.numel(), 0.9999)))
 
 
 def test_value_dtype_is_never_wider_than_the_tensor() -> None:
@@ -202,13 +200,53 @@ def test_bits_round_trip(rows: int, n: int, seed: int) -> None:
     assert torch.equal(unpack_bits(packed, n), mask)
 
 
-@given(st.integers(1, 5), st.integers(1, 40), st.sampled_from((2, 3, 4, 8)), st.integers(0, 2**31))
-def test_grid_codes_are_within_half_a_step(rows: int, n: int, bits: int, seed: int) -> None:
-    low, step = -0.25, 1.5 / (2**bits - 1)
-    x = low + 1.5 * torch.rand(rows, n, generator=torch.Generator().manual_seed(seed))
-    fields = encode_grid(x, low, step, bits)
-    restored = decode_grid(fields, (rows, n), low, step, bits, torch.float32)
-    assert (x - restored).abs().max() <= step / 2 + 1e-6
+@given(st.integers(1, 5), st.integers(1, 40), st.sampled_from((1, 2, 3, 4, 8)), st.integers(0, 2**31))
+def test_cells_hold_what_lies_between_their_bounds(rows: int, n: int, bits: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    starts = (0, *sorted((torch.randperm(255, generator=generator)[: 2**bits - 1] + 1).tolist()))
+    cells = Cells(bits, 2.0, starts)
+    x = 3 * torch.randn(rows, n, generator=generator)
+    number = decode_cells(encode_cells(x, cells), n, cells, tuple(map(float, range(2**bits))), torch.float32)
+    bounds = torch.tensor([start / 64 - 2 for start in starts] + [math.inf])
+    bounds[0] = -math.inf
+    assert ((bounds[number.int()] <= x) & (x < bounds[number.int() + 1])).all()
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 4), st.integers(1, 3000), st.floats(0, 1), st.integers(0, 2**31))
+def test_every_index_coding_round_trips(rows: int, n: int, sparsity: float, seed: int) -> None:
+    x = torch.randn(rows, n, generator=torch.Generator().manual_seed(seed))
+    unpacked = pack(x, PackSpec(sparsity, value_dtype="float32")).unpack()
+    assert torch.equal(unpacked, x * topk_mask(x, kept_count(n, sparsity)))
+
+
+def test_index_coding_takes_the_fewest_bytes() -> None:
+    assert [index_coding(n, k) for n, k in [(768, 768), (768, 0)]] == ["none", "none"]
+    assert [index_coding(n, k) for n, k in [(768, 77), (768, 8), (3072, 31)]] == ["offsets"] * 3
+    assert [index_coding(n, k) for n, k in [(768, 150), (64, 16)]] == ["mask"] * 2
+    assert [index_coding(n, k) for n, k in [(3072, 1), (2**20, 10), (64, 1)]] == ["positions"] * 3
+    # One byte for each of 31 kept in 3072, and for the ends of all blocks but one.
+    index = pack(torch.randn(5, 3072), PackSpec(0.99)).parts[1]
+    assert (index.shape, index.dtype) == ((5, 31 + 11), torch.uint8)
+
+
+@pytest.mark.parametrize("bits", [0, *CODE_BITS])
+@pytest.mark.parametrize(("sparsity", "value_dtype"), [(0.99, "int8"), (0.9, "auto"), (1.0, "auto"), (0.0, "auto")])
+def test_slices_of_rows_are_those_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, bits: int, sparsity: float, value_dtype: str
+) -> None:
+    x = torch.randn(7, 9, 300)
+    spec = PackSpec(sparsity, "row", bits, value_dtype)
+    whole = pack(x, spec)
+    expected = whole.unpack().view(63, 300)
+    monkeypatch.setitem(SLICE_NUMEL, "cpu", 8 * 300)
+    sliced = pack(x, spec)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parts, sliced.parts, strict=True))
+    bounds = []
+    for start, stop, dense in sliced.layout.slices(sliced.parts, torch.float32):
+        bounds.append((start, stop))
+        assert torch.equal(dense, expected[start:stop])
+    assert bounds == [(start, min(start + 8, 63)) for start in range(0, 63, 8)]
 
 
 @pytest.mark.parametrize("spec", [PackSpec(0.9, "sample"), PackSpec(0.99, "row", 2), PackSpec(1.0, "row", 4)])

@@ -1,44 +1,101 @@
-"""Activation functions: the derivative in few bits, or the input."""
+"""Activation functions: the input in few bits, from which both derivative and output are restored; or the input itself.
+
+For few bits, the real line is divided into cells (see `packing.Cells`), and the derivative and the output are taken for
+their means over the cell. The cells are those for which both come out best, in the mean over inputs as pretrained
+transformers show them.
+"""
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ..packing import PackSpec, decode_grid, encode_grid, pack, pack_bits, unpack_bits
-from .precision import accumulate_dtype, current_autocast
+from ..packing import Cells, Packed, PackSpec, encode_cells, pack, pack_bits, unpack_bits
+from ..packing.cells import FINE
+from .layouts import CellLayout
+from .precision import current_autocast
+from .sharing import note_origin
+
+# Inputs of GELU, on the pretrained MiniLM-L6 and ViT-S: means of -0.2 to -1.5 and deviations of 0.9 to 2 by layer.
+INPUT_MEAN, INPUT_DEVIATION = -0.5, 1.25
+
+# How much an error of the derivative counts against one of the output, each relative to its variance. The first is
+# carried into all layers below, the second stays in one weight gradient. Gradient fidelity of 3 bits on MiniLM-L6 and
+# ViT-S: 0.964 and 0.956 at a half, 0.967 and 0.955 at one, 0.973 and 0.959 at two.
+DERIVATIVE_WEIGHT = 2.0
 
 
 @dataclass(frozen=True)
 class ActivationRule:
-    """What is known of an activation function's derivative; without a rule, autograd finds it from the input.
+    """What is known of an activation function; without a rule, autograd finds the derivative from the input.
 
     Attributes:
-        derivative: maps the input to the derivative there, elementwise.
-        low, high: its least and greatest value.
+        value: the function.
+        reach: its derivative hardly changes below `-reach` and above `reach`.
         steps: for a derivative with just the two values `low` and 1: maps the input to the bool mask of 1. One bit an
             element then holds it exactly.
+        low: see `steps`.
     """
 
-    derivative: Callable[[Tensor], Tensor]
-    low: float
-    high: float
+    value: Callable[[Tensor], Tensor]
+    reach: float = 4.0
     steps: Callable[[Tensor], Tensor] | None = None
+    low: float = 0.0
 
-    def grid(self, bits: int) -> tuple[float, float]:
-        """Least level and step of the finest even grid that spans the derivative's range in `2 ** bits` levels.
 
-        The step divides 1, so that 0 and 1, where most activation functions saturate, are levels and come out exact.
-        """
-        per_unit = max(1, math.ceil(2**bits / (self.high - self.low)))
-        while round(self.high * per_unit) - round(self.low * per_unit) >= 2**bits and per_unit > 1:
-            per_unit -= 1
-        return round(self.low * per_unit) / per_unit, 1 / per_unit
+@lru_cache(maxsize=64)
+def cell_tables(rule: ActivationRule, bits: int) -> tuple[Cells, tuple[float, ...], tuple[float, ...]]:
+    """The best cells for a function in `bits` bits, and for each the function's derivative and the function itself.
+
+    Minimises the expected squared error of both over all divisions into intervals, by dynamic programming.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+        x = ((torch.arange(FINE, dtype=torch.float64) + 0.5) * (2 * rule.reach / FINE) - rule.reach).requires_grad_()
+        value = rule.value(x)
+        (derivative,) = torch.autograd.grad(value.sum(), x)
+        x, value = x.detach(), value.detach()
+        weight = torch.exp(-0.5 * ((x - INPUT_MEAN) / INPUT_DEVIATION) ** 2)
+        weight /= weight.sum()
+        starts = list(range(FINE)) if bits == 8 else _best_intervals(weight, value, derivative, 2**bits)
+
+        def means(f: Tensor) -> tuple[float, ...]:
+            bounds = itertools.pairwise([*starts, FINE])
+            return tuple(((weight * f)[i:j].sum() / weight[i:j].sum()).item() for i, j in bounds)
+
+        return Cells(bits, rule.reach, tuple(starts)), means(derivative), means(value)
+
+
+def _best_intervals(weight: Tensor, value: Tensor, derivative: Tensor, count: int) -> list[int]:
+    """Where each of the `count` intervals begins over which `value` and `derivative` vary least in sum."""
+    n = len(weight)
+    total = _prefix_sums(weight)
+    cost = torch.zeros(n + 1, n + 1, dtype=torch.float64)
+    for f, importance in ((value, 1.0), (derivative, DERIVATIVE_WEIGHT)):
+        first, second = _prefix_sums(weight * f), _prefix_sums(weight * f * f)
+        sums = first[None] - first[:, None]
+        variation = second[None] - second[:, None] - sums**2 / (total[None] - total[:, None]).clamp(min=1e-300)
+        cost += importance * variation / (second[-1] - first[-1] ** 2)
+    cost.masked_fill_(torch.ones_like(cost, dtype=torch.bool).tril(), torch.inf)
+    best, origins = cost[0], []
+    for _ in range(count - 1):
+        best, origin = (best[:, None] + cost).min(0)
+        origins.append(origin)
+    starts, end = [], n
+    for origin in reversed(origins):
+        end = int(origin[end])
+        starts.append(end)
+    return [0, *reversed(starts)]
+
+
+def _prefix_sums(x: Tensor) -> Tensor:
+    return torch.cat([x.new_zeros(1), x.cumsum(0)])
 
 
 def activation(
@@ -53,13 +110,42 @@ def activation(
     Args:
         x: float, any shape.
         forward: the activation function; its result is returned as it is.
-        rule: its derivative.
-        bits: 2, 3, 4, 8: the derivative in so many bits. 16: the input in half precision (float16 for wider tensors),
-            the derivative taken from it in backward. 32: the input as it is. A derivative of two values always takes
-            one bit. Without a rule, fewer bits than 16 are read as 16.
+        rule: what is known of it.
+        bits: 2, 3, 4, 8: the input in so many bits. 16: the input in half precision (float16 for wider tensors). 32:
+            the input as it is. A derivative of two values always takes one bit. Without a rule, fewer bits than 16
+            are read as 16.
         parameters: learnable parameters that `forward` reads. They need autograd, so no rule is used for them.
     """
-    return _Activation.apply(x, forward, None if parameters else rule, bits, *parameters)
+    rule = None if parameters else rule
+    if rule is None or rule.steps is not None or bits > 8:
+        return _Activation.apply(x, forward, rule, bits, *parameters)
+    y, codes = _CodedActivation.apply(x, forward, rule, bits)
+    cells, _, values = cell_tables(rule, bits)
+    note_origin(y, Packed(CellLayout(y.shape, y.dtype, cells, values), (codes,)))
+    return y
+
+
+class _CodedActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, forward: Callable[[Tensor], Tensor], rule: ActivationRule, bits: int
+    ) -> tuple[Tensor, Tensor]:
+        cells, derivatives, _ = cell_tables(rule, bits)
+        ctx.layout = CellLayout(x.shape, x.dtype, cells, derivatives)
+        codes = encode_cells(x.detach().reshape(ctx.layout.matrix), cells)
+        ctx.save_for_backward(codes)
+        ctx.mark_non_differentiable(codes)
+        ctx.set_materialize_grads(False)
+        return forward(x), codes
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_output: Tensor, _codes: None) -> tuple[Tensor | None, ...]:
+        grad_input = torch.empty_like(grad_output, memory_format=torch.contiguous_format)
+        into, grad_rows = grad_input.view(ctx.layout.matrix), grad_output.reshape(ctx.layout.matrix)
+        for start, stop, derivative in ctx.layout.slices(ctx.saved_tensors, grad_output.dtype):
+            torch.mul(grad_rows[start:stop], derivative, out=into[start:stop])
+        return grad_input, None, None, None
 
 
 class _Activation(torch.autograd.Function):
@@ -72,19 +158,15 @@ class _Activation(torch.autograd.Function):
         bits: int,
         *parameters: Tensor,
     ) -> Tensor:
-        ctx.rule, ctx.bits, ctx.function = rule, bits, forward
-        rows = (math.prod(x.shape[:-1]), x.shape[-1]) if x.dim() else (1, 1)
+        ctx.rule, ctx.function = rule, forward if rule is None else rule.value
         if rule is not None and rule.steps is not None:
-            stored = pack_bits(rule.steps(x).reshape(rows))
-        elif rule is not None and bits <= 8:
-            derivative = rule.derivative(x.to(accumulate_dtype(x)))
-            stored = encode_grid(derivative.reshape(rows), *rule.grid(bits), bits)
+            ctx.width = x.shape[-1] if x.dim() else 1
+            stored = pack_bits(rule.steps(x).reshape(-1, ctx.width))
         else:
             packed = pack(x, PackSpec(value_dtype="auto" if bits == 32 else "float16"))
             ctx.layout = packed.layout
             ctx.autocast = current_autocast(x.device.type)
             (stored,) = packed.parts
-        ctx.rows = rows
         ctx.save_for_backward(stored, *parameters)
         return forward(x)
 
@@ -92,70 +174,21 @@ class _Activation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         stored, *parameters = ctx.saved_tensors
-        rule, bits = ctx.rule, ctx.bits
-        if rule is None:
-            return _grad_by_autograd(ctx, stored, parameters, grad_output)
-        if rule.steps is not None:
-            mask = unpack_bits(stored, ctx.rows[1]).reshape(grad_output.shape)
-            grad_input = torch.where(mask, grad_output, grad_output * rule.low if rule.low else 0)
-        elif bits <= 8:
-            derivative = decode_grid(stored, ctx.rows, *rule.grid(bits), bits, grad_output.dtype)
-            grad_input = grad_output * derivative.reshape(grad_output.shape)
-        else:
-            x = ctx.layout.unpack((stored,), accumulate_dtype(grad_output))
-            grad_input = (grad_output * rule.derivative(x)).to(grad_output.dtype)
-        return grad_input, None, None, None
-
-
-def _grad_by_autograd(
-    ctx: FunctionCtx, stored: Tensor, parameters: Sequence[Tensor], grad_output: Tensor
-) -> tuple[Tensor | None, ...]:
-    x = ctx.layout.unpack((stored,)).detach().requires_grad_()
-    with torch.enable_grad(), ctx.autocast:
-        output = ctx.function(x)
-    wanted = [tensor for tensor in (x, *parameters) if tensor.requires_grad]
-    grads = iter(torch.autograd.grad(output, wanted, grad_output, allow_unused=True))
-    grad_input = next(grads)
-    return grad_input, None, None, None, *(next(grads) if p.requires_grad else None for p in parameters)
-
-
-def _unit(x: Tensor) -> Tensor:
-    """A gradient of ones, without the memory."""
-    return torch.ones((), dtype=x.dtype, device=x.device).expand_as(x)
-
-
-def _gelu(x: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_backward(_unit(x), x, approximate="none")
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_backward(_unit(x), x, approximate="tanh")
+        rule = ctx.rule
+        if rule is not None and rule.steps is not None:
+            mask = unpack_bits(stored, ctx.width).reshape(grad_output.shape)
+            return torch.where(mask, grad_output, grad_output * rule.low if rule.low else 0), None, None, None
+        x = ctx.layout.unpack((stored,)).detach().requires_grad_()
+        with torch.enable_grad(), ctx.autocast:
+            output = ctx.function(x)
+        wanted = [tensor for tensor in (x, *parameters) if tensor.requires_grad]
+        grads = iter(torch.autograd.grad(output, wanted, grad_output, allow_unused=True))
+        grad_input = next(grads)
+        return grad_input, None, None, None, *(next(grads) if p.requires_grad else None for p in parameters)
 
 
 def _quick_gelu(x: Tensor) -> Tensor:
-    # d/dx x s(1.702 x) is silu' at 1.702 x.
-    return _silu(1.702 * x)
-
-
-def _silu(x: Tensor) -> Tensor:
-    return torch.ops.aten.silu_backward(_unit(x), x)
-
-
-def _mish(x: Tensor) -> Tensor:
-    return torch.ops.aten.mish_backward(_unit(x), x)
-
-
-def _hardswish(x: Tensor) -> Tensor:
-    return torch.ops.aten.hardswish_backward(_unit(x), x)
-
-
-def _tanh(x: Tensor) -> Tensor:
-    return 1 - x.tanh().square_()
-
-
-def _sigmoid(x: Tensor) -> Tensor:
-    s = x.sigmoid()
-    return s * (1 - s)
+    return x * torch.sigmoid(1.702 * x)
 
 
 def _positive(x: Tensor) -> Tensor:
@@ -167,21 +200,19 @@ def _inside_six(x: Tensor) -> Tensor:
     return ((x <= 0) | (x >= 6)).logical_not_()
 
 
-# Ranges: extrema of the derivative, found numerically to six digits.
-GELU = ActivationRule(_gelu, -0.128904, 1.128904)
-GELU_TANH = ActivationRule(_gelu_tanh, -0.128993, 1.128993)
-QUICK_GELU = ActivationRule(_quick_gelu, -0.099839, 1.099839)
-SILU = ActivationRule(_silu, -0.099839, 1.099839)
-MISH = ActivationRule(_mish, -0.112526, 1.088498)
-HARDSWISH = ActivationRule(_hardswish, -0.5, 1.5)
-TANH = ActivationRule(_tanh, 0.0, 1.0)
-SIGMOID = ActivationRule(_sigmoid, 0.0, 0.25)
-RELU = ActivationRule(lambda x: _positive(x).to(x.dtype), 0.0, 1.0, steps=_positive)
-RELU6 = ActivationRule(lambda x: _inside_six(x).to(x.dtype), 0.0, 1.0, steps=_inside_six)
+GELU = ActivationRule(F.gelu)
+GELU_TANH = ActivationRule(partial(F.gelu, approximate="tanh"))
+QUICK_GELU = ActivationRule(_quick_gelu)
+SILU = ActivationRule(F.silu, reach=8.0)
+MISH = ActivationRule(F.mish, reach=8.0)
+HARDSWISH = ActivationRule(F.hardswish)
+TANH = ActivationRule(torch.tanh)
+SIGMOID = ActivationRule(torch.sigmoid, reach=8.0)
+RELU = ActivationRule(F.relu, steps=_positive)
+RELU6 = ActivationRule(F.relu6, steps=_inside_six)
 
 
 def leaky_relu(negative_slope: float) -> ActivationRule:
     """The rule of leaky ReLU with this slope below zero (at most 1)."""
-    return ActivationRule(
-        lambda x: torch.where(x > 0, 1.0, negative_slope).to(x.dtype), negative_slope, 1.0, steps=lambda x: x > 0
-    )
+    function = partial(F.leaky_relu, negative_slope=negative_slope)
+    return ActivationRule(function, steps=lambda x: x > 0, low=negative_slope)

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ..packing import pack_bits, unpack_bits
+from ..packing import Packed, pack_bits, unpack_bits
+from .layouts import DroppedLayout
+from .sharing import note_origin, origin_of
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -19,12 +21,15 @@ def dropout(x: Tensor, p: float) -> Tensor:
         x: float, any shape.
         p: probability of a zero, between 0 and 1 (both excluded).
     """
-    return _Dropout.apply(x, p)
+    y, bits = _Dropout.apply(x, p)
+    if (origin := origin_of(x)) is not None:
+        note_origin(y, Packed(DroppedLayout(origin.layout, p), (*origin.parts, bits)))
+    return y
 
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, p: float) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, p: float) -> tuple[Tensor, Tensor]:
         if x.device.type == "cpu":
             # The steps of the dense operator there; `native_dropout` rounds differently for some p.
             noise = torch.empty_like(x).bernoulli_(1 - p).div_(1 - p)
@@ -32,12 +37,15 @@ class _Dropout(torch.autograd.Function):
         else:
             output, mask = torch.native_dropout(x, p, True)
         ctx.keep_probability = 1 - p
-        ctx.save_for_backward(pack_bits(mask.reshape(1, -1)))
-        return output
+        bits = pack_bits(mask.reshape(1, -1))
+        ctx.save_for_backward(bits)
+        ctx.mark_non_differentiable(bits)
+        ctx.set_materialize_grads(False)
+        return output, bits
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: FunctionCtx, grad_output: Tensor, _bits: None) -> tuple[Tensor, None]:
         (bits,) = ctx.saved_tensors
         mask = unpack_bits(bits, grad_output.numel()).view(grad_output.shape)
         return (grad_output * mask).mul_(1 / ctx.keep_probability), None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ..packing import Packed, PackSpec
-from .precision import compute_dtype
+from ..packing import Layout, Packed, PackSpec
+from .layouts import AffineLayout
+from .precision import accumulate_dtype, compute_dtype
 from .sharing import pack_shared
 
 
@@ -22,7 +25,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, spec: PackSpec, trans
         x: `(..., in_features)`, float; under autocast the copy is packed in autocast's dtype.
         weight: `(out_features, in_features)`, or `(in_features, out_features)` if `transposed`.
         bias: `(out_features,)` or None; required if `transposed`.
-        spec: how `x` is packed.
+        spec: how `x` is packed, where no other operator's copy serves (see `pack_shared`).
         transposed: compute as Transformers' `Conv1D` does.
 
     Returns:
@@ -38,7 +41,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.layout = packed.layout
         ctx.transposed = transposed
-        ctx.input_dtype = x.dtype
+        ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(weight, *packed.parts)
         if not transposed:
@@ -54,12 +57,38 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             compute = weight.to(grad_output.dtype)
             grad_input = grad_rows @ (compute.t() if ctx.transposed else compute)
-            grad_input = grad_input.view(ctx.layout.shape).to(ctx.input_dtype)
+            grad_input = grad_input.view(ctx.input_shape).to(ctx.input_dtype)
         if ctx.needs_input_grad[1]:
-            x = ctx.layout.unpack(parts, grad_output.dtype)
-            x_rows = x.reshape(-1, x.shape[-1])
-            grad_weight = x_rows.t() @ grad_rows if ctx.transposed else grad_rows.t() @ x_rows
-            grad_weight = grad_weight.to(weight.dtype)
+            grad_weight = _grad_weight(grad_rows, ctx.layout, parts, ctx.transposed).to(weight.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_rows.sum(0).to(ctx.bias_dtype)
         return grad_input, grad_weight, grad_bias, None, None
+
+
+def _grad_weight(grad_rows: Tensor, layout: Layout, parts: Sequence[Tensor], transposed: bool) -> Tensor:
+    """dY^T x, or x^T dY if `transposed`, with x unpacked a few rows at a time.
+
+    For x = gamma x_hat + beta, dY^T x is (dY^T x_hat) gamma + sum(dY) beta^T.
+    """
+    if isinstance(layout, AffineLayout):
+        parts, gamma, beta = layout.split(parts)
+        grad_weight = _grad_weight(grad_rows, layout.x_hat, parts, transposed)
+        by_input = grad_weight.t() if transposed else grad_weight
+        if gamma is not None:
+            by_input *= gamma.to(grad_weight.dtype)
+        if beta is not None:
+            by_input.addr_(grad_rows.sum(0), beta.to(grad_weight.dtype))
+        return grad_weight
+    total = None
+    for start, stop, x in layout.slices(parts, grad_rows.dtype):
+        grad = grad_rows[start:stop]
+        left, right = (x.t(), grad) if transposed else (grad.t(), x)
+        if total is None:
+            total = left @ right
+            if stop < layout.matrix[0]:
+                total = total.to(accumulate_dtype(total))
+        elif total.dtype == right.dtype:
+            total.addmm_(left, right)
+        else:
+            total += left @ right
+    return total

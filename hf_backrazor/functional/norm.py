@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ..packing import PackSpec, pack
+from ..packing import Packed, PackSpec, SparseLayout, pack
+from .layouts import AffineLayout
 from .precision import accumulate_dtype
-from .sharing import pack_shared
+from .sharing import note_origin, pack_shared
 
 
 def layer_norm(
@@ -41,7 +42,12 @@ def layer_norm(
     Returns:
         As `x`, bit-equal to the dense operator's.
     """
-    return _LayerNorm.apply(x, weight, bias, tuple(normalized_shape), eps, spec, stores)
+    if stores == "input":
+        return _LayerNorm.apply(x, weight, bias, tuple(normalized_shape), eps, spec, pack_shared(x, spec))
+    y, *parts = _LayerNorm.apply(x, weight, bias, tuple(normalized_shape), eps, spec, None)
+    if len(normalized_shape) == 1:
+        _note_affine(y, SparseLayout(x.shape, x.dtype, spec), parts, weight, bias)
+    return y
 
 
 def rms_norm(
@@ -68,7 +74,21 @@ def rms_norm(
     Returns:
         As `forward(x)`.
     """
-    return _RMSNorm.apply(x, weight, eps, spec, stores, offset, forward)
+    if stores == "input":
+        return _RMSNorm.apply(x, weight, eps, spec, pack_shared(x, spec), offset, forward)
+    y, *parts = _RMSNorm.apply(x, weight, eps, spec, None, offset, forward)
+    gamma = weight if weight is None or not offset else weight.detach() + offset
+    _note_affine(y, SparseLayout(x.shape, x.dtype, spec), parts, gamma, None)
+    return y
+
+
+def _note_affine(
+    y: Tensor, layout: SparseLayout, parts: Sequence[Tensor], gamma: Tensor | None, beta: Tensor | None
+) -> None:
+    """Let consumers of `y` = gamma x_hat + beta read the norm's x_hat."""
+    # Copies: the consumer's backward may run while the norm's own parameters are sharded away (FSDP, ZeRO).
+    scales = tuple(x.detach().clone() for x in (gamma, beta) if x is not None)
+    note_origin(y, Packed(AffineLayout(layout, gamma is not None, beta is not None), (*parts, *scales)))
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -81,30 +101,31 @@ class _LayerNorm(torch.autograd.Function):
         normalized_shape: tuple[int, ...],
         eps: float,
         spec: PackSpec,
-        stores: str,
-    ) -> Tensor:
+        packed_input: Packed | None,
+    ) -> Tensor | tuple[Tensor, ...]:
         y, mean, rstd = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
         # On a CPU they come in the dtype of a 16-bit x.
         mean, rstd = mean.to(accumulate_dtype(x)), rstd.to(accumulate_dtype(x))
-        ctx.stores = stores
+        ctx.from_input = packed_input is not None
         ctx.normalized_shape = normalized_shape
         ctx.input_dtype = x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        if stores == "input":
-            packed = pack_shared(x, spec)
-            ctx.save_for_backward(weight, rstd, mean, *packed.parts)
-        else:
-            x_hat = (x.to(mean.dtype) - mean).mul_(rstd)
-            packed = pack(x_hat.to(x.dtype), spec)
-            ctx.save_for_backward(weight, rstd, *packed.parts)
+        if packed_input is not None:
+            ctx.layout = packed_input.layout
+            ctx.save_for_backward(weight, rstd, mean, *packed_input.parts)
+            return y
+        packed = pack((x.to(mean.dtype) - mean).mul_(rstd).to(x.dtype), spec)
         ctx.layout = packed.layout
-        return y
+        ctx.save_for_backward(weight, rstd, *packed.parts)
+        ctx.mark_non_differentiable(*packed.parts)
+        ctx.set_materialize_grads(False)
+        return y, *packed.parts
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad_output: Tensor, *_parts: None) -> tuple[Tensor | None, ...]:
         dims = tuple(range(-len(ctx.normalized_shape), 0))
-        if ctx.stores == "input":
+        if ctx.from_input:
             weight, rstd, mean, *parts = ctx.saved_tensors
             x_hat = (ctx.layout.unpack(parts, rstd.dtype) - mean) * rstd
         else:
@@ -131,28 +152,32 @@ class _RMSNorm(torch.autograd.Function):
         weight: Tensor | None,
         eps: float | None,
         spec: PackSpec,
-        stores: str,
+        packed_input: Packed | None,
         offset: float,
         forward: Callable[[Tensor], Tensor] | None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, ...]:
         y = torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps) if forward is None else forward(x)
-        ctx.stores = stores
+        ctx.from_input = packed_input is not None
         ctx.offset = offset
         ctx.input_dtype = x.dtype
         wide = x.to(accumulate_dtype(x))
         eps = torch.finfo(x.dtype).eps if eps is None else eps
         rstd = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        packed = pack_shared(x, spec) if stores == "input" else pack((wide * rstd).to(x.dtype), spec)
+        packed = packed_input or pack((wide * rstd).to(x.dtype), spec)
         ctx.layout = packed.layout
         ctx.save_for_backward(weight, rstd, *packed.parts)
-        return y
+        if packed_input is not None:
+            return y
+        ctx.mark_non_differentiable(*packed.parts)
+        ctx.set_materialize_grads(False)
+        return y, *packed.parts
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad_output: Tensor, *_parts: None) -> tuple[Tensor | None, ...]:
         weight, rstd, *parts = ctx.saved_tensors
         x_hat = ctx.layout.unpack(parts, rstd.dtype)
-        if ctx.stores == "input":
+        if ctx.from_input:
             x_hat = x_hat * rstd
         grad_output = grad_output.to(rstd.dtype)
         grad_input = grad_weight = None

@@ -1,30 +1,65 @@
-"""One packed copy of a tensor for all its consumers."""
+"""One packed copy of a tensor for all its consumers, and for the operator that made it."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..packing import Packed, PackSpec, pack
+from .layouts import CorrectedLayout
 
 
-class _Entry(NamedTuple):
+@dataclass
+class _Entry:
+    """What is known of a dense tensor.
+
+    Attributes:
+        version: the tensor's when this was noted; a change in place makes it another tensor.
+        origin: how the tensor is restored from what the operator saves that made it.
+        copies: how consumers packed it so far.
+    """
+
     version: int
-    spec: PackSpec
-    dtype: torch.dtype
-    packed: Packed
+    origin: Packed | None = None
+    copies: dict[tuple[PackSpec, torch.dtype], Packed] = field(default_factory=dict)
 
 
 # Keyed by the identity of the dense tensor and gone with it: an entry never outlives the tensor it was packed from, so
 # neither a later step nor a recomputation under checkpointing can meet a stale copy.
-_shared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_entries: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _entry(x: Tensor) -> _Entry | None:
+    # Tensors from outside of the graph can be written to without a new version (through numpy or `.data`). And the
+    # compiler merges equal subgraphs by itself, but cannot trace the dictionary.
+    if x.grad_fn is None or torch.compiler.is_compiling():
+        return None
+    entry = _entries.get(x)
+    if entry is None or entry.version != x._version:
+        entry = _entries[x] = _Entry(x._version)
+    return entry
+
+
+def note_origin(x: Tensor, origin: Packed) -> None:
+    """Let consumers of `x` restore it from what the operator that made it saves anyway."""
+    if (entry := _entry(x)) is not None:
+        entry.origin = origin
+
+
+def origin_of(x: Tensor) -> Packed | None:
+    """How `x` is restored from what the operator that made it saves; None if that is not known."""
+    return entry.origin if (entry := _entry(x)) is not None else None
 
 
 def pack_shared(x: Tensor, spec: PackSpec, dtype: torch.dtype | None = None) -> Packed:
-    """Pack `x`, or return the copy that an earlier consumer of the same tensor packed in the same way.
+    """Pack `x`, or return a copy that is there already.
+
+    That is the copy that an earlier consumer packed in the same way. Or, if `spec` wants codes for what is not kept
+    exactly, what the operator that made `x` saves: a norm's x_hat as it is; the pre-activation that an activation
+    function saves with the greatest elements of `x` exact on top.
 
     Args:
         x: any floating-point tensor; shared if it has a `grad_fn`. A change in place since it was packed is noticed.
@@ -32,13 +67,22 @@ def pack_shared(x: Tensor, spec: PackSpec, dtype: torch.dtype | None = None) -> 
         dtype: cast to this before packing (default: the dtype of `x`), as the consumer's own computation does.
     """
     dtype = dtype or x.dtype
-    # Tensors from outside of the graph can be written to without a new version (through numpy or `.data`). And the
-    # compiler merges equal subgraphs by itself, but cannot trace the dictionary.
-    if x.grad_fn is None or torch.compiler.is_compiling():
+    entry = _entry(x)
+    if entry is None:
         return pack(x.detach().to(dtype), spec)
-    entry = _shared.get(x)
-    if entry is not None and entry[:3] == (x._version, spec, dtype):
-        return entry.packed
-    packed = pack(x.detach().to(dtype), spec)
-    _shared[x] = _Entry(x._version, spec, dtype, packed)
-    return packed
+    key = (spec, dtype)
+    if key not in entry.copies:
+        if spec.bits and entry.origin is not None:
+            entry.copies[key] = _correct(entry.origin, x.detach().to(dtype), spec)
+        else:
+            entry.copies[key] = pack(x.detach().to(dtype), spec)
+    return entry.copies[key]
+
+
+def _correct(origin: Packed, x: Tensor, spec: PackSpec) -> Packed:
+    """`origin`, with the elements of `x` exact that `spec` keeps, where it has not got them."""
+    if not origin.layout.coarse:
+        return origin
+    exact = pack(x, replace(spec, bits=0))
+    layout = CorrectedLayout(origin.layout, len(origin.parts), exact.layout)
+    return Packed(layout, origin.parts + exact.parts)

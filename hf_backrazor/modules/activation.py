@@ -82,7 +82,7 @@ class RazorActivation(RazorModule):
         return rule if rule is None or isinstance(rule, ActivationRule) else rule(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the plain module; saves the derivative in few bits, or `x`."""
+        """As the plain module; saves `x`, in few bits or as it is."""
         parameters = tuple(self.parameters())
         if not self.razor_active(x, *parameters) or not self.worth_packing(x):
             return super().forward(x)
@@ -94,5 +94,5 @@ class RazorActivation(RazorModule):
         if rule is not None and rule.steps is not None:
             return "razor=derivative in 1 bit"
         if rule is not None and bits <= 8:
-            return f"razor=derivative in {bits} bits"
+            return f"razor=input in {bits} bits"
         return f"razor=input in {max(bits, 16)} bits"

@@ -1,4 +1,4 @@
-"""Small unsigned integers, one a byte, to dense bit fields and back.
+"""Small unsigned integers, one a byte, to dense bit fields and back, and from there through a table to any values.
 
 Fields are little-endian within a byte: element ``i`` of a group takes the ``i``-th lowest field. A row always starts
 on a byte boundary, so rows can be read on their own.
@@ -75,6 +75,31 @@ def byte_table(width: int, values: tuple[float, ...], dtype: torch.dtype, device
         shifts = torch.arange(0, 8, width, device=device)
         fields = (byte >> shifts) & (2**width - 1)
         return torch.tensor(values, dtype=dtype, device=device)[fields]
+
+
+def code_width(n: int, bits: int) -> int:
+    """Bytes that a row of `n` codes of 1 to 4 bits takes. Three do not divide a byte: a plane of two and one of one."""
+    return packed_width(n, 2) + packed_width(n, 1) if bits == 3 else packed_width(n, bits)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Pack uint8 codes `(rows, n)` of 1 to 4 bits into uint8 `(rows, code_width(n, bits))`."""
+    if bits != 3:
+        return pack_fields(codes, bits)
+    return torch.cat([pack_fields(codes & 3, 2), pack_fields(codes >> 2, 1)], -1)
+
+
+def unpack_codes(packed: Tensor, n: int, bits: int, values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+    """Which of the `2 ** bits` values each code stands for: `(rows, n)` in `dtype`; may be a view into padding."""
+    device = packed.device
+    if bits != 3:
+        return unpack_fields(packed, bits, n, byte_table(bits, values, dtype, device))
+    low, high = packed.split([packed_width(n, 2), packed_width(n, 1)], -1)
+    return torch.where(
+        unpack_fields(high, 1, n, byte_table(1, (0, 1), torch.bool, device)),
+        unpack_fields(low, 2, n, byte_table(2, values[4:], dtype, device)),
+        unpack_fields(low, 2, n, byte_table(2, values[:4], dtype, device)),
+    )
 
 
 def pack_bits(mask: Tensor) -> Tensor:

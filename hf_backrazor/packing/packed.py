@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import prod
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .bits import pack_bits, packed_width, unpack_bits
 from .codes import CODE_BITS, Codes, decode, encode
+from .index import encode_index, index_coding, scatter_kept
+from .layout import Layout, Packed, row_slices
 from .select import kept_count, topk_mask
 
 
@@ -38,29 +39,28 @@ class PackSpec:
             raise ValueError(f"bits={self.bits!r}: must be 0 or one of {CODE_BITS}")
 
 
-class Packed(NamedTuple):
-    """A packed tensor: how to read it, and the plain tensors that hold it."""
-
-    layout: Layout
-    parts: tuple[Tensor, ...]
-
-    def unpack(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense tensor again, in `dtype` (default: the one it had)."""
-        return self.layout.unpack(self.parts, dtype)
-
-
 @dataclass(frozen=True)
-class Layout:
-    """What is known of a packed tensor from its shape, dtype and `PackSpec` alone; it holds no tensor.
+class SparseLayout(Layout):
+    """The layout of what `pack` returns.
 
     The parts, in order, each only where the layout has it: kept values `(sets, k)`; the scale of int8 values
-    `(sets, 1)`; index; scale of the codes `(rows, 1)`; codes (see `Codes`). The index is a bit mask
-    `(sets, ceil(n / 8))`, or positions `(sets, k)` as int16 or int32, whichever is smallest.
+    `(sets, 1)`; index `(sets, ...)` (see `index_coding`); scale of the codes `(rows, 1)`; codes `(rows, ...)` (see
+    `Codes`). With all kept in the tensor's own dtype, the only part is the tensor.
     """
 
     shape: torch.Size
     dtype: torch.dtype
     spec: PackSpec
+
+    @property
+    def sliceable(self) -> bool:
+        """See `Layout.sliceable`."""
+        return self.spec.granularity == "row" or self.whole
+
+    @property
+    def whole(self) -> bool:
+        """Whether the tensor is kept as it is."""
+        return self.kept > 0 and self.coding == "none" and self.value_dtype == self.dtype
 
     @property
     def sets(self) -> int:
@@ -80,10 +80,9 @@ class Layout:
         return kept_count(self.set_size, self.spec.sparsity)
 
     @property
-    def rows(self) -> tuple[int, int]:
-        """Shape of the tensor as a matrix whose rows share a code scale."""
-        width = self.shape[-1] if self.shape else 1
-        return (prod(self.shape) // width if width else 0), width
+    def coding(self) -> str:
+        """How the places of the kept elements are stored: see `index_coding`."""
+        return index_coding(self.set_size, self.kept)
 
     @property
     def value_dtype(self) -> torch.dtype:
@@ -98,40 +97,41 @@ class Layout:
         wanted = getattr(torch, wanted)
         return wanted if wanted.itemsize < self.dtype.itemsize else self.dtype
 
-    @property
-    def index_dtype(self) -> torch.dtype | None:
-        """None where all or nothing is kept; bool for a bit mask; int16 or int32 for positions."""
-        n, k = self.set_size, self.kept
-        if k in (0, n):
-            return None
-        positions, bytes_each = (torch.int16, 2) if n <= torch.iinfo(torch.int16).max + 1 else (torch.int32, 4)
-        return positions if bytes_each * k < packed_width(n, 1) else torch.bool
+    def unpack_rows(
+        self, parts: Sequence[Tensor], start: int, stop: int, dtype: torch.dtype, base: Tensor | None = None
+    ) -> Tensor:
+        """See `Layout.unpack_rows`.
 
-    def unpack(self, parts: tuple[Tensor, ...], dtype: torch.dtype | None = None) -> Tensor:
-        """Read `parts` into a dense tensor of `shape`, in `dtype` (default: the one the tensor had)."""
-        dtype = dtype or self.dtype
+        Args:
+            base: `(stop - start, columns)`, written to: takes the place of the zeros that elements not kept unpack to.
+        """
+        if self.whole:
+            return parts[0].reshape(self.matrix)[start:stop].to(dtype)
+        if (start, stop) == (0, self.matrix[0]):
+            return self._unpack(parts, dtype, base)
+        part = replace(self, shape=torch.Size((stop - start, self.matrix[1])))
+        return part._unpack([x[start:stop] for x in parts], dtype, base)
+
+    def _unpack(self, parts: Sequence[Tensor], dtype: torch.dtype, base: Tensor | None) -> Tensor:
         remaining = list(parts)
-        values = None
+        values = index = None
         if self.kept:
             values = remaining.pop(0)
             if self.value_dtype == torch.int8:
                 values = values.to(dtype).mul_(remaining.pop(0).to(dtype))
             values = values.to(dtype)
-            if self.index_dtype is None:
-                return values.view(self.shape)
-        index = remaining.pop(0) if values is not None else None
+            if self.coding == "none":
+                return values.view(self.matrix)
+            index = remaining.pop(0)
         if self.spec.bits:
-            _rows, width = self.rows
-            dense = decode(Codes(*remaining), self.spec.bits, width, dtype).contiguous()
+            dense = decode(Codes(*remaining), self.spec.bits, self.matrix[1], dtype).contiguous()
+        elif base is not None:
+            dense = base.contiguous()
         else:
-            dense = torch.zeros(self.shape, dtype=dtype, device=parts[0].device)
+            dense = torch.zeros(self.matrix, dtype=dtype, device=parts[0].device)
         if values is not None:
-            dense = dense.view(self.sets, self.set_size)
-            if self.index_dtype == torch.bool:
-                dense.masked_scatter_(unpack_bits(index, self.set_size), values)
-            else:
-                dense.scatter_(-1, index.long(), values)
-        return dense.view(self.shape)
+            dense = scatter_kept(dense.view(self.sets, self.set_size), index, values, self.coding)
+        return dense.view(self.matrix)
 
 
 def pack(x: Tensor, spec: PackSpec) -> Packed:
@@ -145,29 +145,44 @@ def pack(x: Tensor, spec: PackSpec) -> Packed:
     if not x.is_floating_point():
         raise TypeError(f"pack takes floating-point tensors, got {x.dtype}")
     x = x.detach()
-    layout = Layout(x.shape, x.dtype, spec)
-    if layout.index_dtype is None and layout.kept:
-        if layout.value_dtype == x.dtype:
-            return Packed(layout, (x,))
-        return Packed(layout, _store_values(x.reshape(layout.sets, layout.set_size), layout))
+    layout = SparseLayout(x.shape, x.dtype, spec)
+    if layout.whole:
+        return Packed(layout, (x,))
+    matrix = x.reshape(layout.matrix)
+    slices = row_slices(*layout.matrix, x.device)
+    if len(slices) == 1 or not layout.sliceable:
+        return Packed(layout, _parts(matrix, layout))
+    packed = []
+    for start, stop in slices:
+        part = replace(layout, shape=torch.Size((stop - start, layout.matrix[1])))
+        packed.append(_parts(matrix[start:stop], part))
+    return Packed(layout, tuple(torch.cat(parts) for parts in zip(*packed, strict=True)))
+
+
+def _parts(x: Tensor, layout: SparseLayout) -> tuple[Tensor, ...]:
+    """The parts that hold the matrix `x`."""
+    sets = x.reshape(layout.sets, layout.set_size)
+    if layout.kept and layout.coding == "none":
+        return _store_values(sets, layout)
     parts: list[Tensor] = []
     keep = None
     if layout.kept:
-        sets = x.reshape(layout.sets, layout.set_size)
         keep = topk_mask(sets, layout.kept)
         # Not `sets[keep]`: how many are kept is known beforehand, and need not be read back from a device.
-        positions = torch.nonzero_static(keep, size=layout.sets * layout.kept)[:, 1].view(layout.sets, layout.kept)
+        columns = torch.nonzero_static(keep, size=layout.sets * layout.kept)[:, 1]
+        positions = columns.contiguous().view(layout.sets, layout.kept)
         parts += _store_values(sets.gather(-1, positions), layout)
-        parts.append(pack_bits(keep) if layout.index_dtype == torch.bool else positions.to(layout.index_dtype))
-    if spec.bits:
-        parts += encode(x.reshape(layout.rows), spec.bits, None if keep is None else keep.view(layout.rows))
+        parts.append(encode_index(keep, positions, layout.coding))
+        keep = keep.view(layout.matrix)
+    if layout.spec.bits:
+        parts += encode(x, layout.spec.bits, keep)
     if not parts:
         # An empty tensor, or one of which nothing is kept: a part still says on which device to unpack.
         parts.append(x.new_empty(0))
-    return Packed(layout, tuple(parts))
+    return tuple(parts)
 
 
-def _store_values(values: Tensor, layout: Layout) -> tuple[Tensor, ...]:
+def _store_values(values: Tensor, layout: SparseLayout) -> tuple[Tensor, ...]:
     """Kept values `(sets, k)` in the layout's value dtype, with their scale where that is int8."""
     if layout.value_dtype != torch.int8:
         return (values.to(layout.value_dtype),)

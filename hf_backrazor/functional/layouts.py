@@ -1,0 +1,172 @@
+"""Layouts of tensors that are restored from what another operator packed, instead of being packed themselves.
+
+Their parts are those of the tensor they are restored from, followed by their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ..packing import Cells, Layout, SparseLayout, decode_cells, unpack_bits
+
+
+@dataclass(frozen=True)
+class AffineLayout(Layout):
+    """A norm's output gamma * x_hat + beta. Own parts: gamma and beta, `(columns,)`, each only if there is one."""
+
+    x_hat: Layout
+    has_gamma: bool
+    has_beta: bool
+
+    @property
+    def shape(self) -> torch.Size:
+        """See `Layout.shape`."""
+        return self.x_hat.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `Layout.dtype`."""
+        return self.x_hat.dtype
+
+    @property
+    def sliceable(self) -> bool:
+        """See `Layout.sliceable`."""
+        return self.x_hat.sliceable
+
+    def split(self, parts: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor | None, Tensor | None]:
+        """The parts of x_hat, gamma and beta."""
+        parts = list(parts)
+        beta = parts.pop() if self.has_beta else None
+        gamma = parts.pop() if self.has_gamma else None
+        return parts, gamma, beta
+
+    def unpack_rows(self, parts: Sequence[Tensor], start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """See `Layout.unpack_rows`."""
+        parts, gamma, beta = self.split(parts)
+        x = self.x_hat.unpack_rows(parts, start, stop, dtype)
+        x = x if gamma is None else x * gamma.to(dtype)
+        return x if beta is None else x + beta.to(dtype)
+
+
+@dataclass(frozen=True)
+class CellLayout(Layout):
+    """A function of a tensor of which only the cells are known that its elements lie in. Own part: the codes.
+
+    Attributes:
+        table: what the function is taken for in each cell.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    cells: Cells
+    table: tuple[float, ...]
+
+    sliceable = True
+    coarse = True
+
+    def unpack_rows(self, parts: Sequence[Tensor], start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """See `Layout.unpack_rows`."""
+        return decode_cells(parts[0][start:stop], self.matrix[1], self.cells, self.table, dtype)
+
+
+@dataclass(frozen=True)
+class CorrectedLayout(Layout):
+    """A coarse tensor with some of its elements exact. Own parts: those of `exact`."""
+
+    base: Layout
+    base_parts: int
+    exact: SparseLayout
+
+    @property
+    def shape(self) -> torch.Size:
+        """See `Layout.shape`."""
+        return self.exact.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `Layout.dtype`."""
+        return self.exact.dtype
+
+    @property
+    def sliceable(self) -> bool:
+        """See `Layout.sliceable`."""
+        return self.base.sliceable and self.exact.sliceable
+
+    def unpack_rows(self, parts: Sequence[Tensor], start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """See `Layout.unpack_rows`."""
+        base = _rows(self.base, parts[: self.base_parts], start, stop, dtype)
+        return self.exact.unpack_rows(parts[self.base_parts :], start, stop, dtype, base)
+
+
+@dataclass(frozen=True)
+class DroppedLayout(Layout):
+    """A dropout's output. Own part: the mask of what was let through, `(1, ceil(numel / 8))` bytes."""
+
+    x: Layout
+    p: float
+
+    # The mask's bits run on from row to row.
+    sliceable = False
+
+    @property
+    def shape(self) -> torch.Size:
+        """See `Layout.shape`."""
+        return self.x.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `Layout.dtype`."""
+        return self.x.dtype
+
+    @property
+    def coarse(self) -> bool:
+        """See `Layout.coarse`."""
+        return self.x.coarse
+
+    def unpack_rows(self, parts: Sequence[Tensor], start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """See `Layout.unpack_rows`."""
+        kept = unpack_bits(parts[-1], prod(self.shape)).view(self.matrix)
+        return (self.x.unpack(parts[:-1], dtype).reshape(self.matrix) * kept).mul_(1 / (1 - self.p))
+
+
+@dataclass(frozen=True)
+class ProductLayout(Layout):
+    """The elementwise product of two tensors, as in a gated MLP. Own parts: none."""
+
+    left: Layout
+    left_parts: int
+    right: Layout
+
+    coarse = True
+
+    @property
+    def shape(self) -> torch.Size:
+        """See `Layout.shape`."""
+        return self.left.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `Layout.dtype`."""
+        return self.left.dtype
+
+    @property
+    def sliceable(self) -> bool:
+        """See `Layout.sliceable`."""
+        return self.left.sliceable and self.right.sliceable
+
+    def unpack_rows(self, parts: Sequence[Tensor], start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """See `Layout.unpack_rows`."""
+        left = _rows(self.left, parts[: self.left_parts], start, stop, dtype)
+        return left * _rows(self.right, parts[self.left_parts :], start, stop, dtype)
+
+
+def _rows(layout: Layout, parts: Sequence[Tensor], start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """Some rows of a layout that may have to be unpacked whole, which is so only if all rows are asked for."""
+    if layout.sliceable:
+        return layout.unpack_rows(parts, start, stop, dtype)
+    return layout.unpack(parts, dtype).reshape(layout.matrix)

@@ -1,0 +1,82 @@
+"""How to read a packed tensor, whatever it is packed as."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Elements that are packed or unpacked at a time: what a slice needs besides (magnitudes, masks, positions: some 30
+# bytes an element) is then bounded, instead of being the peak of a training step. On a CPU it stays near the cache as
+# well; other devices need more work at a time.
+SLICE_NUMEL = {"cpu": 2**19}
+SLICE_NUMEL_ELSEWHERE = 2**24
+
+
+class Layout(ABC):
+    """What is known of a packed tensor from shapes, dtypes and settings alone; it holds no tensor.
+
+    Attributes:
+        shape: of the dense tensor.
+        dtype: of the dense tensor.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    @abstractmethod
+    def sliceable(self) -> bool:
+        """Whether some of the rows can be unpacked without the others."""
+
+    @property
+    def coarse(self) -> bool:
+        """Whether not even the elements of greatest magnitude are kept exactly."""
+        return False
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of the tensor seen as a matrix, its last dimension in the columns."""
+        width = self.shape[-1] if self.shape else 1
+        return (prod(self.shape[:-1]) if self.shape else 1), width
+
+    @abstractmethod
+    def unpack_rows(self, parts: Sequence[Tensor], start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """The rows from `start` to `stop`, `(stop - start, columns)` in `dtype`, of a layout that is `sliceable`.
+
+        Of one that is not, these are all rows, and `start` and `stop` must say so.
+        """
+
+    def unpack(self, parts: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+        """The dense tensor, of `shape`, in `dtype` (default: the one that it had)."""
+        slices = [dense for _, _, dense in self.slices(parts, dtype or self.dtype)]
+        return (slices[0] if len(slices) == 1 else torch.cat(slices)).reshape(self.shape)
+
+    def slices(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+        """Unpack a few rows at a time: their start, their stop, and they, `(stop - start, columns)`."""
+        whole = [(0, self.matrix[0])]
+        for start, stop in row_slices(*self.matrix, parts[0].device) if self.sliceable else whole:
+            yield start, stop, self.unpack_rows(parts, start, stop, dtype)
+
+
+class Packed(NamedTuple):
+    """A packed tensor: how to read it, and the plain tensors that hold it."""
+
+    layout: Layout
+    parts: tuple[Tensor, ...]
+
+    def unpack(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense tensor again, in `dtype` (default: the one it had)."""
+        return self.layout.unpack(self.parts, dtype)
+
+
+def row_slices(rows: int, columns: int, device: torch.device) -> list[tuple[int, int]]:
+    """Bounds of slices of a matrix that have about as many elements as are packed at a time; at least one slice."""
+    numel = SLICE_NUMEL.get(device.type, SLICE_NUMEL_ELSEWHERE)
+    # Multiples of 8 rows, for the sake of matrix products.
+    step = max(8, numel // max(columns, 1) // 8 * 8)
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)] or [(0, 0)]
