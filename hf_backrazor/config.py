@@ -121,7 +121,7 @@ class RazorConfig(PushToHubMixin):
     norm: Literal["x_hat", "input"] = field(
         default="x_hat", metadata={"help": "What a norm stores: its normalised output or its input."}
     )
-    norm_bits: Bits = field(default=4, metadata={"help": "As residual_bits, for the tensor a norm stores."})
+    norm_bits: Bits = field(default=3, metadata={"help": "As residual_bits, for the tensor a norm stores."})
     value_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = field(
         default="auto", metadata={"help": "Dtype of elements kept exactly; never wider than the tensor's."}
     )

@@ -14,6 +14,7 @@ from hf_backrazor.functional import (
     dropout,
     layer_norm,
     linear,
+    product,
     recomputed_attention,
     rms_norm,
     sparse_attention,
@@ -30,9 +31,11 @@ from hf_backrazor.functional.activation import (
     SILU,
     TANH,
     ActivationRule,
+    cell_tables,
     leaky_relu,
 )
-from hf_backrazor.packing import PackSpec
+from hf_backrazor.packing import PackSpec, decode_cells, encode_cells
+from hf_backrazor.packing.layout import SLICE_NUMEL
 
 LOSSLESS = PackSpec()
 PAPER = PackSpec(0.9, "sample", value_dtype="float32")
@@ -112,31 +115,28 @@ def test_gradcheck_activation(function, rule: ActivationRule) -> None:
 
 
 @ACTIVATIONS
-def test_stated_range_of_the_derivative_is_its_range(function, rule: ActivationRule) -> None:
-    x = torch.linspace(-20, 20, 2_000_001, dtype=torch.float64)
-    derivative = rule.derivative(x)
-    assert derivative.min().item() == pytest.approx(rule.low, abs=2e-6)
-    assert derivative.max().item() == pytest.approx(rule.high, abs=2e-6)
-
-
-@ACTIVATIONS
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_grid_of_the_derivative(function, rule: ActivationRule, bits: int) -> None:
+def test_cells_of_an_activation_function(function, rule: ActivationRule, bits: int) -> None:
     if rule.steps is not None:
-        pytest.skip("takes one bit, without a grid")
-    low, step = rule.grid(bits)
-    levels = low + step * torch.arange(2**bits, dtype=torch.float64)
-    assert (levels - 0).abs().min() < 1e-9  # saturated elements come out exact
-    if rule.high >= 1:
-        assert (levels - 1).abs().min() < 1e-9
-    assert step <= 2 * (rule.high - rule.low) / (2**bits - 1)
-    assert levels[0] <= rule.low + step / 2 + 1e-9
-    assert levels[-1] >= rule.high - step / 2 - 1e-9
+        pytest.skip("takes one bit, without cells")
+    cells, derivatives, values = cell_tables(rule, bits)
+    assert cells.starts[0] == 0
+    assert list(cells.starts) == sorted(set(cells.starts))
+    assert len(cells.starts) == len(derivatives) == len(values) == 2**bits
+    # In the mean over inputs like those of pretrained models, a bit more divides the error by nearly four.
+    x = torch.randn(4096, dtype=torch.float64) * 1.25 - 0.5
+    x.requires_grad_()
+    value = function(x)
+    (derivative,) = torch.autograd.grad(value.sum(), x)
+    number = encode_cells(x.detach().view(1, -1), cells)
+    for table, exact in ((derivatives, derivative), (values, value.detach())):
+        error = (decode_cells(number, 4096, cells, table, torch.float64)[0] - exact).square().mean() / exact.var()
+        assert error < {2: 0.2, 3: 0.06, 4: 0.02, 8: 2e-3}[bits]
 
 
 @ACTIVATIONS
-@pytest.mark.parametrize(("bits", "stored_bits"), [(2, 2), (3, 3), (4, 4), (8, 8), (16, 16)])
-def test_activation_error_and_bytes(function, rule: ActivationRule, bits: int, stored_bits: int) -> None:
+@pytest.mark.parametrize("bits", [2, 3, 4, 8, 16])
+def test_activation_error_and_bytes(function, rule: ActivationRule, bits: int) -> None:
     x = torch.randn(64, 96, requires_grad=True)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -147,8 +147,8 @@ def test_activation_error_and_bytes(function, rule: ActivationRule, bits: int, s
         assert sum(t.nbytes for t in saved) == x.numel() / 8
         assert torch.equal(grad, expected)
     else:
-        assert sum(t.nbytes for t in saved) == x.numel() * stored_bits / 8
-        assert (grad - expected).abs().max() <= (rule.grid(bits)[1] / 2 + 1e-5 if bits <= 8 else 2e-3)
+        assert sum(t.nbytes for t in saved) == x.numel() * bits / 8
+        assert (grad - expected).square().mean().sqrt() <= {2: 0.25, 3: 0.12, 4: 0.07, 8: 0.03, 16: 1e-3}[bits]
 
 
 def test_activation_with_a_learnable_parameter() -> None:
@@ -326,6 +326,137 @@ def test_consumers_of_a_tensor_share_its_packed_copy() -> None:
     weight_storages = {w.untyped_storage().data_ptr() for w in weights}
     assert len(storages - weight_storages) == 2  # values and mask
     del outputs
+
+
+def saved_by(function) -> tuple[Tensor, int]:
+    """The result of `function()`, and how many bytes it saves for backward, each storage once."""
+    storages: dict[int, int] = {}
+
+    def note(t: Tensor) -> Tensor:
+        storages[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        return function(), sum(storages.values())
+
+
+EXACT = PackSpec(0.0, bits=4)  # all kept: the codes beside them change nothing
+NORMS = {
+    "layer_norm": lambda x, gamma, beta: layer_norm(x, (32,), gamma, beta, 1e-5, EXACT),
+    "no beta": lambda x, gamma, beta: layer_norm(x, (32,), gamma, None, 1e-5, EXACT),
+    "no affine": lambda x, gamma, beta: layer_norm(x, (32,), None, None, 1e-5, EXACT),
+    "rms_norm": lambda x, gamma, beta: rms_norm(x, gamma, 1e-5, EXACT),
+    "gemma": lambda x, gamma, beta: rms_norm(
+        x, gamma, 1e-5, EXACT, offset=1.0, forward=lambda x: F.rms_norm(x, (32,), gamma + 1, 1e-5)
+    ),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+@pytest.mark.parametrize("p", [0.0, 0.4], ids=["", "dropout"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
+def test_linear_behind_a_norm_reads_its_x_hat(norm, p: float, transposed: bool, monkeypatch) -> None:
+    monkeypatch.setitem(SLICE_NUMEL, "cpu", 8 * 32)
+    torch.manual_seed(0)
+    x, gamma, beta = double(3, 9, 32), double(32), double(32)
+    weights = [double(32, 7) if transposed else double(7, 32) for _ in range(2)]
+    bias = double(7)
+
+    def run(norm_of, linear_of) -> Tensor:
+        torch.manual_seed(1)
+        y = norm_of(x * 1, gamma, beta)
+        y = dropout(y, p) if p else y
+        return sum(linear_of(y, w).square().sum() for w in weights)
+
+    sharing, size = saved_by(lambda: run(norm, lambda y, w: linear(y, w, bias, CODED, transposed)))
+    # The same, but every linear layer packs a copy of its own, exactly.
+    apart, size_apart = saved_by(lambda: run(norm, lambda y, w: linear(y.clone(), w, bias, LOSSLESS, transposed)))
+    inputs = (x, *weights, bias, *(t for t in (gamma, beta) if norm not in (NORMS["no affine"],)))
+    for grad, expected in zip(
+        torch.autograd.grad(sharing, inputs, allow_unused=True),
+        torch.autograd.grad(apart, inputs, allow_unused=True),
+        strict=True,
+    ):
+        assert (grad is None) == (expected is None)
+        if grad is not None:
+            torch.testing.assert_close(grad, expected)
+    assert size < size_apart - 0.8 * x.nbytes
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4], ids=["", "dropout"])
+def test_linear_behind_an_activation_reads_its_input(p: float) -> None:
+    u, weight = torch.randn(64, 256, requires_grad=True), torch.randn(128, 256, requires_grad=True)
+
+    def run(linear_of) -> Tensor:
+        torch.manual_seed(1)
+        y = activation(u * 1, F.gelu, GELU, 4)
+        return linear_of(dropout(y, p) if p else y)
+
+    coded, size = saved_by(lambda: run(lambda y: linear(y, weight, None, PackSpec(0.99, bits=2))))
+    pruned, size_pruned = saved_by(lambda: run(lambda y: linear(y, weight, None, PackSpec(0.99))))
+    upstream = torch.randn_like(coded)
+    (expected,) = torch.autograd.grad(F.linear(run(lambda y: y).detach(), weight), weight, upstream)
+    error = (torch.autograd.grad(coded, weight, upstream)[0] - expected).norm() / expected.norm()
+    without = (torch.autograd.grad(pruned, weight, upstream)[0] - expected).norm() / expected.norm()
+    assert error < 0.15 < 0.8 < without
+    # The coded one saves the exact elements that the pruned one saves, and no codes of its own.
+    assert size == size_pruned
+
+
+def test_residual_bits_of_zero_take_nothing_from_another_operator() -> None:
+    x, weight = torch.randn(4, 64, requires_grad=True), torch.randn(8, 64, requires_grad=True)
+    y = layer_norm(x, (64,), None, None, 1e-5, CODED)
+    (grad,) = torch.autograd.grad(linear(y, weight, None, PackSpec(0.9)).sum(), weight, retain_graph=True)
+    (expected,) = torch.autograd.grad(linear(y.detach(), weight, None, PackSpec(0.9)).sum(), weight)
+    assert torch.equal(grad, expected)
+
+
+def test_an_output_changed_in_place_is_not_restored_from_its_origin() -> None:
+    x, weight = torch.randn(4, 64, requires_grad=True), torch.randn(8, 64, requires_grad=True)
+    y = layer_norm(x, (64,), None, None, 1e-5, EXACT)
+    y.mul_(3)
+    (grad,) = torch.autograd.grad(linear(y, weight, None, PackSpec(0.5, bits=4)).sum(), weight)
+    torch.testing.assert_close(grad, y.detach().sum(0).expand(8, -1), rtol=0.1, atol=0.3)
+
+
+def test_gradcheck_product() -> None:
+    assert gradcheck(lambda x, y: product(x, y, LOSSLESS), (double(2, 3, 5), double(2, 3, 5)))
+    x, y = double(2, 3, 5), double(2, 3, 5)
+    assert gradcheck(lambda y: product(x.detach(), y, LOSSLESS), (y,))
+
+
+def test_gated_product_is_restored_from_its_factors() -> None:
+    gate, up = torch.randn(64, 256, requires_grad=True), torch.randn(64, 256, requires_grad=True)
+    weight = torch.randn(128, 256, requires_grad=True)
+    spec = PackSpec(0.99, bits=4)
+
+    def run() -> Tensor:
+        return linear(product(activation(gate * 1, F.silu, SILU, 4), up * 1, spec), weight, None, spec)
+
+    result, size = saved_by(run)
+    # 4 bits for the gate, 4 for up, the few exact elements and scales, the weight; nothing for the product.
+    assert size - weight.nbytes < gate.numel() * (4 + 4 + 3 * 0.35) / 8
+    expected = F.linear(F.silu(gate) * up, weight)
+    assert torch.equal(result, expected)
+    upstream = torch.randn_like(result)
+    for grad, exact in zip(
+        torch.autograd.grad(result, (gate, up, weight), upstream),
+        torch.autograd.grad(expected, (gate, up, weight), upstream),
+        strict=True,
+    ):
+        assert F.cosine_similarity(grad.flatten(), exact.flatten(), dim=0) > 0.985
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_gradient_does_not_depend_on_the_slices(dtype: torch.dtype, monkeypatch) -> None:
+    x, weight = torch.randn(96, 64).to(dtype), torch.randn(48, 64).to(dtype).requires_grad_()
+    upstream = torch.randn(96, 48).to(dtype)
+    (whole,) = torch.autograd.grad(linear(x, weight, None, LOSSLESS), weight, upstream)
+    monkeypatch.setitem(SLICE_NUMEL, "cpu", 8 * 64)
+    (sliced,) = torch.autograd.grad(linear(x, weight, None, LOSSLESS), weight, upstream)
+    assert sliced.dtype == dtype
+    # In sixteen bits the sum of each slice is rounded.
+    torch.testing.assert_close(sliced, whole, **({} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 0.1}))
 
 
 def test_a_changed_tensor_is_packed_anew() -> None:

@@ -8,6 +8,7 @@ from .attention import recomputed_attention, sparse_attention
 from .dropout import dropout
 from .linear import linear
 from .norm import layer_norm, rms_norm
+from .product import product
 
 __all__ = [
     "ActivationRule",
@@ -15,6 +16,7 @@ __all__ = [
     "dropout",
     "layer_norm",
     "linear",
+    "product",
     "recomputed_attention",
     "rms_norm",
     "sparse_attention",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -50,17 +50,18 @@ class ActivationRule:
     low: float = 0.0
 
 
-@lru_cache(maxsize=64)
+@cache
 def cell_tables(rule: ActivationRule, bits: int) -> tuple[Cells, tuple[float, ...], tuple[float, ...]]:
     """The best cells for a function in `bits` bits, and for each the function's derivative and the function itself.
 
     Minimises the expected squared error of both over all divisions into intervals, by dynamic programming.
     """
-    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
-        x = ((torch.arange(FINE, dtype=torch.float64) + 0.5) * (2 * rule.reach / FINE) - rule.reach).requires_grad_()
+    # Differences, not autograd: this may run inside of a forward pass whose saved tensors are counted.
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        step = 2 * rule.reach / FINE
+        x = (torch.arange(FINE, dtype=torch.float64) + 0.5) * step - rule.reach
         value = rule.value(x)
-        (derivative,) = torch.autograd.grad(value.sum(), x)
-        x, value = x.detach(), value.detach()
+        derivative = (rule.value(x + step / 2) - rule.value(x - step / 2)) / step
         weight = torch.exp(-0.5 * ((x - INPUT_MEAN) / INPUT_DEVIATION) ** 2)
         weight /= weight.sum()
         starts = list(range(FINE)) if bits == 8 else _best_intervals(weight, value, derivative, 2**bits)
@@ -140,7 +141,9 @@ class _CodedActivation(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor, _codes: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad_output: Tensor | None, _codes: None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * 4
         grad_input = torch.empty_like(grad_output, memory_format=torch.contiguous_format)
         into, grad_rows = grad_input.view(ctx.layout.matrix), grad_output.reshape(ctx.layout.matrix)
         for start, stop, derivative in ctx.layout.slices(ctx.saved_tensors, grad_output.dtype):

@@ -45,7 +45,9 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor, _bits: None) -> tuple[Tensor, None]:
+    def backward(ctx: FunctionCtx, grad_output: Tensor | None, _bits: None) -> tuple[Tensor | None, None]:
+        if grad_output is None:
+            return None, None
         (bits,) = ctx.saved_tensors
         mask = unpack_bits(bits, grad_output.numel()).view(grad_output.shape)
         return (grad_output * mask).mul_(1 / ctx.keep_probability), None

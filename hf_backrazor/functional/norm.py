@@ -123,7 +123,9 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor, *_parts: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad_output: Tensor | None, *_parts: None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * 7
         dims = tuple(range(-len(ctx.normalized_shape), 0))
         if ctx.from_input:
             weight, rstd, mean, *parts = ctx.saved_tensors
@@ -174,7 +176,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor, *_parts: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad_output: Tensor | None, *_parts: None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * 7
         weight, rstd, *parts = ctx.saved_tensors
         x_hat = ctx.layout.unpack(parts, rstd.dtype)
         if ctx.from_input:

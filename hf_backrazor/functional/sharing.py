@@ -51,7 +51,8 @@ def note_origin(x: Tensor, origin: Packed) -> None:
 
 def origin_of(x: Tensor) -> Packed | None:
     """How `x` is restored from what the operator that made it saves; None if that is not known."""
-    return entry.origin if (entry := _entry(x)) is not None else None
+    entry = None if torch.compiler.is_compiling() else _entries.get(x)
+    return entry.origin if entry is not None and entry.version == x._version else None
 
 
 def pack_shared(x: Tensor, spec: PackSpec, dtype: torch.dtype | None = None) -> Packed:

@@ -9,7 +9,7 @@ from .activation import RazorActivation
 from .attention import RazorAttention
 from .base import RazorModule
 from .dropout import RazorDropout
-from .functional_dropout import RazorFunctionalDropout
+from .inline import RazorInline
 from .linear import RazorConv1D, RazorLinear
 from .norm import RazorLayerNorm, RazorRMSNorm
 
@@ -21,7 +21,7 @@ OPERATORS: tuple[type[RazorModule], ...] = (
     RazorActivation,
     RazorDropout,
     RazorAttention,
-    RazorFunctionalDropout,
+    RazorInline,
 )
 
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
     "RazorAttention",
     "RazorConv1D",
     "RazorDropout",
-    "RazorFunctionalDropout",
+    "RazorInline",
     "RazorLayerNorm",
     "RazorLinear",
     "RazorModule",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from transformers import activations as hf
 
+from ..config import RazorConfig
 from ..functional import activation
 from ..functional.activation import (
     GELU,
@@ -20,6 +21,7 @@ from ..functional.activation import (
     SILU,
     TANH,
     ActivationRule,
+    cell_tables,
     leaky_relu,
 )
 from .base import RazorModule
@@ -74,6 +76,14 @@ class RazorActivation(RazorModule):
         if type(module) in RULES and not cls.handles(module):
             return f"{type(module).__name__} works in place"
         return None
+
+    @classmethod
+    def install(cls, module: nn.Module, config: RazorConfig) -> None:
+        """See `RazorModule.install`."""
+        super().install(module, config)
+        if module.rule is not None and config.activation_bits <= 8:
+            # Now, and not in the first forward: that may be traced, or run on fake tensors.
+            cell_tables(module.rule, config.activation_bits)
 
     @property
     def rule(self) -> ActivationRule | None:

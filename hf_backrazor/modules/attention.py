@@ -136,7 +136,7 @@ def razor_attention_forward(
         finally:
             module.training = training
 
-    spec = input_spec(config) if config.attention == "sparse" else _qkv_spec(config.qkv_bits)
+    spec = input_spec(config) if config.attention == "sparse" else _qkv_spec(config)
     random = bool(kwargs.get("dropout"))
     return recomputed_attention(attend, query, key, value, masks + others, spec, random, parameters), None
 
@@ -205,12 +205,19 @@ def _beyond_sparse(
     return None
 
 
-def _qkv_spec(bits: int) -> PackSpec:
-    if bits == 32:
+def _qkv_spec(config: RazorConfig) -> PackSpec:
+    """How q, k and v are packed when probabilities are recomputed from them.
+
+    Keys of a pretrained ViT are mostly what they have in common, and heads have outlier channels. Gradient fidelity on
+    ViT-S with nothing but q, k, v in 4 bits: 0.866; centred 0.951; with even levels 0.983; with one element of each 64
+    exact 0.991. On MiniLM-L6: 0.996 to 0.998.
+    """
+    if config.qkv_bits == 32:
         return PackSpec()
-    if bits == 16:
+    if config.qkv_bits == 16:
         return PackSpec(value_dtype="float16")
-    return PackSpec(sparsity=1.0, bits=bits)
+    sparsity = config.sparsity if config.qkv_bits < 8 and config.sparsity else 1.0
+    return PackSpec(sparsity, "row", config.qkv_bits, config.value_dtype, levels="even", centred=True)
 
 
 def _plain_function(module: RazorAttention) -> Callable:

@@ -89,6 +89,11 @@ def norm_spec(config: RazorConfig) -> PackSpec:
     return PackSpec(config.sparsity, config.granularity, _bits(config, config.norm_bits), config.value_dtype)
 
 
+def product_spec(config: RazorConfig) -> PackSpec:
+    """How the factors of a gated MLP's product are packed."""
+    return PackSpec(config.sparsity, config.granularity, _bits(config, config.activation_bits), config.value_dtype)
+
+
 def describe(spec: PackSpec) -> str:
     """A few words on `spec`, for `print(model)`."""
     if spec.sparsity == 0:

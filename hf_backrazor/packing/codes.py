@@ -1,8 +1,9 @@
 """Low-bit codes of a row: one scale, and for each element the number of the nearest level.
 
-1 to 4 bits: sign and magnitude, with the Lloyd-Max levels of a unit Gaussian (J. Max, "Quantizing for minimum
-distortion", IRE Trans. Inf. Theory 6, 1960, table I), scaled by the row's root mean square. 8 bits: 255 evenly spaced
-levels, scaled by the row's greatest magnitude.
+1 to 4 bits: sign and magnitude. The levels are either the Lloyd-Max levels of a unit Gaussian (J. Max, "Quantizing for
+minimum distortion", IRE Trans. Inf. Theory 6, 1960, table I), scaled by the row's root mean square; or evenly spaced,
+the outermost being the row's greatest magnitude. The former suit what is left of a row without its outliers, the latter
+a row with them. 8 bits: 255 evenly spaced levels.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .bits import pack_codes, unpack_codes
 
 CODE_BITS = (1, 2, 3, 4, 8)
 
-# Positive levels; the negative ones mirror them. The thresholds lie half way between neighbours.
+# The thresholds lie half way between neighbours.
 _GAUSSIAN_LEVELS: dict[int, tuple[float, ...]] = {
     1: (0.7978846,),
     2: (0.4527800, 1.5104176),
@@ -38,7 +39,7 @@ class Codes(NamedTuple):
     fields: Tensor
 
 
-def encode(x: Tensor, bits: int, keep: Tensor | None = None) -> Codes:
+def encode(x: Tensor, bits: int, keep: Tensor | None = None, levels: str = "gaussian") -> Codes:
     """Code the rows of `x`.
 
     A NaN or infinity in a row makes its scale non-finite, and the whole row decodes to NaN.
@@ -47,31 +48,49 @@ def encode(x: Tensor, bits: int, keep: Tensor | None = None) -> Codes:
         x: floating point, `(rows, n)`.
         bits: one of `CODE_BITS`.
         keep: bool `(rows, n)`: elements stored elsewhere. They get an arbitrary code and do not count for the scale.
+        levels: `"gaussian"` or `"even"`; 8 bits are always even.
     """
     x = x.float() if x.dtype.itemsize < 4 else x
     if keep is not None:
         x = x.masked_fill(keep, 0)
     if bits == 8:
-        scale = (x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(x.shape[0], 1)).div_(127).float()
+        scale = _greatest(x).div_(127).float()
         return Codes(scale, (x / _divisor(scale)).round_().nan_to_num_(0, 0, 0).clamp_(-127, 127).to(torch.int8))
-    counted = x.shape[-1] if keep is None else (x.shape[-1] - keep.sum(-1, keepdim=True)).clamp_(min=1)
-    scale = (x.square().sum(-1, keepdim=True) / counted).sqrt_().to(torch.bfloat16)
-    levels = _GAUSSIAN_LEVELS[bits]
+    if levels == "even":
+        scale = _greatest(x)
+    else:
+        counted = x.shape[-1] if keep is None else (x.shape[-1] - keep.sum(-1, keepdim=True)).clamp_(min=1)
+        scale = (x.square().sum(-1, keepdim=True) / counted).sqrt_()
+    scale = scale.to(torch.bfloat16)
+    positive = _positive_levels(bits, levels)
     magnitude = x.abs().div_(_divisor(scale))
-    fields = x.signbit().to(torch.uint8).mul_(len(levels))
-    for lower, upper in itertools.pairwise(levels):
+    fields = x.signbit().to(torch.uint8).mul_(len(positive))
+    for lower, upper in itertools.pairwise(positive):
         fields += magnitude > (lower + upper) / 2
     return Codes(scale, pack_codes(fields, bits))
 
 
-def decode(codes: Codes, bits: int, n: int, dtype: torch.dtype) -> Tensor:
-    """The levels that `codes` stand for: `(rows, n)` in `dtype`. All-zero rows decode to zero."""
+def decode(codes: Codes, bits: int, n: int, dtype: torch.dtype, levels: str = "gaussian") -> Tensor:
+    """What `codes` stand for: `(rows, n)` in `dtype`. All-zero rows decode to zero."""
     scale, fields = codes
     if bits == 8:
         return fields.to(dtype).mul_(scale.to(dtype))
-    levels = _GAUSSIAN_LEVELS[bits]
-    values = levels + tuple(-level for level in levels)
+    positive = _positive_levels(bits, levels)
+    values = positive + tuple(-level for level in positive)
     return unpack_codes(fields, n, bits, values, dtype) * scale.to(dtype)
+
+
+def _positive_levels(bits: int, levels: str) -> tuple[float, ...]:
+    """The levels above zero, in units of the scale; those below mirror them."""
+    if levels == "gaussian":
+        return _GAUSSIAN_LEVELS[bits]
+    count = 2 ** (bits - 1)
+    return tuple((i + 0.5) / (count - 0.5) for i in range(count))
+
+
+def _greatest(x: Tensor) -> Tensor:
+    """The greatest magnitude of each row, `(rows, 1)`."""
+    return x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(x.shape[0], 1)
 
 
 def _divisor(scale: Tensor) -> Tensor:

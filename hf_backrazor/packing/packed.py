@@ -27,12 +27,16 @@ class PackSpec:
         value_dtype: dtype of the elements kept exactly: `"auto"`, `"float32"`, `"bfloat16"`, `"float16"`, `"int8"`.
             Never wider than the tensor itself. `"auto"`: the tensor's own at sparsity 0, otherwise its own if that
             has 16 bits and bfloat16 if it has more.
+        levels: `"gaussian"` or `"even"` (see `encode`).
+        centred: store the mean over the second-to-last dimension (tokens), and pack what each row deviates from it.
     """
 
     sparsity: float = 0.0
     granularity: str = "row"
     bits: int = 0
     value_dtype: str = "auto"
+    levels: str = "gaussian"
+    centred: bool = False
 
     def __post_init__(self) -> None:
         if self.bits and self.bits not in CODE_BITS:
@@ -43,9 +47,9 @@ class PackSpec:
 class SparseLayout(Layout):
     """The layout of what `pack` returns.
 
-    The parts, in order, each only where the layout has it: kept values `(sets, k)`; the scale of int8 values
-    `(sets, 1)`; index `(sets, ...)` (see `index_coding`); scale of the codes `(rows, 1)`; codes `(rows, ...)` (see
-    `Codes`). With all kept in the tensor's own dtype, the only part is the tensor.
+    The parts, in order, each only where the layout has it: means `(groups, columns)`; kept values `(sets, k)`; the
+    scale of int8 values `(sets, 1)`; index `(sets, ...)` (see `index_coding`); scale of the codes `(rows, 1)`; codes
+    `(rows, ...)` (see `Codes`). With all kept in the tensor's own dtype, the only part is the tensor.
     """
 
     shape: torch.Size
@@ -60,7 +64,7 @@ class SparseLayout(Layout):
     @property
     def whole(self) -> bool:
         """Whether the tensor is kept as it is."""
-        return self.kept > 0 and self.coding == "none" and self.value_dtype == self.dtype
+        return self.kept > 0 and self.coding == "none" and self.value_dtype == self.dtype and not self.spec.centred
 
     @property
     def sets(self) -> int:
@@ -97,6 +101,11 @@ class SparseLayout(Layout):
         wanted = getattr(torch, wanted)
         return wanted if wanted.itemsize < self.dtype.itemsize else self.dtype
 
+    @property
+    def group(self) -> int:
+        """Rows that share a mean: the second-to-last dimension."""
+        return self.shape[-2] if len(self.shape) > 1 else 1
+
     def unpack_rows(
         self, parts: Sequence[Tensor], start: int, stop: int, dtype: torch.dtype, base: Tensor | None = None
     ) -> Tensor:
@@ -107,10 +116,15 @@ class SparseLayout(Layout):
         """
         if self.whole:
             return parts[0].reshape(self.matrix)[start:stop].to(dtype)
-        if (start, stop) == (0, self.matrix[0]):
-            return self._unpack(parts, dtype, base)
-        part = replace(self, shape=torch.Size((stop - start, self.matrix[1])))
-        return part._unpack([x[start:stop] for x in parts], dtype, base)
+        means = None
+        if self.spec.centred:
+            means, *parts = parts
+        part = self
+        if (start, stop) != (0, self.matrix[0]):
+            part = replace(self, shape=torch.Size((stop - start, self.matrix[1])))
+            parts = [x[start:stop] for x in parts]
+        dense = part._unpack(parts, dtype, base)
+        return dense if means is None else dense.add_(_of_rows(means, self.group, start, stop).to(dtype))
 
     def _unpack(self, parts: Sequence[Tensor], dtype: torch.dtype, base: Tensor | None) -> Tensor:
         remaining = list(parts)
@@ -124,7 +138,7 @@ class SparseLayout(Layout):
                 return values.view(self.matrix)
             index = remaining.pop(0)
         if self.spec.bits:
-            dense = decode(Codes(*remaining), self.spec.bits, self.matrix[1], dtype).contiguous()
+            dense = decode(Codes(*remaining), self.spec.bits, self.matrix[1], dtype, self.spec.levels).contiguous()
         elif base is not None:
             dense = base.contiguous()
         else:
@@ -149,14 +163,26 @@ def pack(x: Tensor, spec: PackSpec) -> Packed:
     if layout.whole:
         return Packed(layout, (x,))
     matrix = x.reshape(layout.matrix)
-    slices = row_slices(*layout.matrix, x.device)
-    if len(slices) == 1 or not layout.sliceable:
-        return Packed(layout, _parts(matrix, layout))
+    means: tuple[Tensor, ...] = ()
+    if spec.centred:
+        mean = matrix.view(-1, layout.group, layout.matrix[1]).mean(1)
+        # What is subtracted is what will be added, rounded as it is stored.
+        means = (mean.to(torch.bfloat16) if x.dtype.itemsize > 2 else mean,)
+    slices = row_slices(*layout.matrix, x.device) if layout.sliceable else [(0, layout.matrix[0])]
     packed = []
     for start, stop in slices:
-        part = replace(layout, shape=torch.Size((stop - start, layout.matrix[1])))
-        packed.append(_parts(matrix[start:stop], part))
-    return Packed(layout, tuple(torch.cat(parts) for parts in zip(*packed, strict=True)))
+        part = layout if len(slices) == 1 else replace(layout, shape=torch.Size((stop - start, layout.matrix[1])))
+        rows = matrix[start:stop]
+        if means:
+            rows = rows - _of_rows(means[0], layout.group, start, stop)
+        packed.append(_parts(rows, part))
+    parts = packed[0] if len(packed) == 1 else tuple(torch.cat(p) for p in zip(*packed, strict=True))
+    return Packed(layout, means + parts)
+
+
+def _of_rows(means: Tensor, group: int, start: int, stop: int) -> Tensor:
+    """The mean that belongs to each of the rows from `start` to `stop`."""
+    return means.index_select(0, torch.arange(start, stop, device=means.device) // group)
 
 
 def _parts(x: Tensor, layout: SparseLayout) -> tuple[Tensor, ...]:
@@ -175,7 +201,7 @@ def _parts(x: Tensor, layout: SparseLayout) -> tuple[Tensor, ...]:
         parts.append(encode_index(keep, positions, layout.coding))
         keep = keep.view(layout.matrix)
     if layout.spec.bits:
-        parts += encode(x, layout.spec.bits, keep)
+        parts += encode(x, layout.spec.bits, keep, layout.spec.levels)
     if not parts:
         # An empty tensor, or one of which nothing is kept: a part still says on which device to unpack.
         parts.append(x.new_empty(0))
