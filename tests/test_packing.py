@@ -220,6 +220,13 @@ def test_every_index_coding_round_trips(rows: int, n: int, sparsity: float, seed
     assert torch.equal(unpacked, x * topk_mask(x, kept_count(n, sparsity)))
 
 
+@pytest.mark.parametrize(("rows", "n", "sparsity"), [(1, 20000, 0.97), (3, 20001, 0.97), (1, 2**17 + 1, 0.75)])
+def test_offsets_of_many_kept_elements_round_trip(rows: int, n: int, sparsity: float) -> None:
+    x = torch.randn(rows, n)
+    packed = pack(x, PackSpec(sparsity, value_dtype="float32"))
+    assert torch.equal(packed.unpack(), x * topk_mask(x, kept_count(n, sparsity)))
+
+
 def test_index_coding_takes_the_fewest_bytes() -> None:
     assert [index_coding(n, k) for n, k in [(768, 768), (768, 0)]] == ["none", "none"]
     assert [index_coding(n, k) for n, k in [(768, 77), (768, 8), (3072, 31)]] == ["offsets"] * 3

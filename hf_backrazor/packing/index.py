@@ -64,7 +64,9 @@ def scatter_kept(dense: Tensor, index: Tensor, values: Tensor, coding: str) -> T
     positions = offsets.long()
     if _ends(n):
         rank = torch.arange(k, device=dense.device).expand(dense.shape[0], -1).contiguous()
-        block = torch.searchsorted(ends.contiguous().view(dtype).long(), rank, right=True)
+        # A copy begins and has its rows where `dtype` is aligned.
+        ends = ends.clone(memory_format=torch.contiguous_format).view(dtype)
+        block = torch.searchsorted(ends.long(), rank, right=True)
         positions += block.mul_(BLOCK)
     return dense.scatter_(-1, positions, values)
 
