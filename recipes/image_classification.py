@@ -178,6 +178,7 @@ def main() -> None:
 
     history: list[dict[str, float]] = []
     step_seconds: list[float] = []
+    step_losses: list[float] = []
     progress = tqdm(total=total_steps, desc="training", disable=hide_progress)
     started = time.perf_counter()
     while len(step_seconds) < total_steps:
@@ -199,6 +200,7 @@ def main() -> None:
                     schedule.step()
                 step_seconds.append(time.perf_counter() - step_started)
                 step_started = time.perf_counter()
+                step_losses.append(losses[-1])
                 progress.update()
                 progress.set_postfix(loss=f"{losses[-1]:.3f}")
             if len(step_seconds) == total_steps:
@@ -228,6 +230,7 @@ def main() -> None:
             "steps": total_steps,
             "processes": accelerator.num_processes,
             "history": history,
+            "step_losses": step_losses,
             "arguments": vars(args),
             "versions": library_versions(),
         }
