@@ -13,7 +13,7 @@ from torch import nn
 
 from .config import RazorConfig
 from .extension import Extension, extend, restore
-from .modules import OPERATORS, RazorModule
+from .modules import OPERATORS, RazorLMHead, RazorModule
 from .report import MemoryReport, measure_saved_bytes
 from .targets import matches_target, unmatched_targets
 from .watch import watch_first_forward
@@ -108,10 +108,13 @@ def get_razor_model(model: Model, config: RazorConfig | None = None) -> Model:
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
 
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     replaced: dict[str, tuple[nn.Module, type[RazorModule]]] = {}
     skipped: dict[str, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
         operator = next((operator for operator in OPERATORS if operator.handles(module)), None)
+        if module is head and RazorLMHead.handles(module):
+            operator = RazorLMHead
         if operator is not None and not name:
             skipped["its forward is that of the model itself"].append(type(module).__name__)
         elif operator is not None and "forward" in module.__dict__:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
-from .modules import RazorModule
+from .modules import RazorLMHead, RazorModule
 
 
 def watch_first_forward(model: nn.Module) -> RemovableHandle:
@@ -75,7 +75,9 @@ class _WeightUse(TorchDispatchMode):
         self._names: dict[int, str] = {}
         for name, module in model.named_modules():
             weight = getattr(module, "weight", None)
-            if isinstance(module, RazorModule) and isinstance(weight, Tensor) and weight.requires_grad:
+            # A head is meant to be used so: by the loss.
+            razor = isinstance(module, RazorModule) and not isinstance(module, RazorLMHead)
+            if razor and isinstance(weight, Tensor) and weight.requires_grad:
                 self._names[id(weight)] = name
         self._running: dict[int, int] = defaultdict(int)
         self._used: dict[str, None] = {}

@@ -26,7 +26,10 @@ def step(model: PreTrainedModel, batch: Batch) -> tuple[dict[str, torch.Tensor],
 def assert_same_forward(output: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert output.keys() == expected.keys()
     for name in expected:
-        assert torch.equal(output[name], expected[name]), name
+        if name == "loss":  # computed in tiles, behind a language model's head
+            torch.testing.assert_close(output[name], expected[name], rtol=1e-6, atol=0)
+        else:
+            assert torch.equal(output[name], expected[name]), name
 
 
 ALL_KEPT_AS_IN_THE_PAPER = RazorConfig.preset("paper", sparsity=0.0, value_dtype="auto", activation_bits=32)

@@ -175,7 +175,7 @@ def test_razor_then_lora(name: str) -> None:
     assert all(isinstance(module, RazorModule) for module in base_layers)
 
     loss, found, razor_gradients = step(adapted, batch)
-    assert torch.equal(loss, expected_loss)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)  # GPT-2 sums its loss in another order
     assert torch.equal(found, expected)
     assert razor_gradients.keys() == gradients.keys()
     for key, gradient in gradients.items():

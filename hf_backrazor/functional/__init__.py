@@ -7,6 +7,7 @@ from .activation import ActivationRule, activation
 from .attention import recomputed_attention, sparse_attention
 from .dropout import dropout
 from .linear import linear
+from .linear_cross_entropy import linear_cross_entropy
 from .norm import layer_norm, rms_norm
 from .product import product
 
@@ -16,6 +17,7 @@ __all__ = [
     "dropout",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "product",
     "recomputed_attention",
     "rms_norm",

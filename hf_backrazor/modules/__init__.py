@@ -1,6 +1,7 @@
 """Razor versions of the modules that models are made of.
 
-An operator is one class, derived from `RazorModule`, in one file of this folder; `OPERATORS` lists them.
+An operator is one class, derived from `RazorModule`, in one file of this folder; `OPERATORS` lists them. `RazorLMHead`
+stands beside the list: which layer is a language model's head, its type does not tell.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from .base import RazorModule
 from .dropout import RazorDropout
 from .inline import RazorInline
 from .linear import RazorConv1D, RazorLinear
+from .lm_head import RazorLMHead
 from .norm import RazorLayerNorm, RazorRMSNorm
 
 OPERATORS: tuple[type[RazorModule], ...] = (
@@ -31,6 +33,7 @@ __all__ = [
     "RazorConv1D",
     "RazorDropout",
     "RazorInline",
+    "RazorLMHead",
     "RazorLayerNorm",
     "RazorLinear",
     "RazorModule",
