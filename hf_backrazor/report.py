@@ -23,9 +23,11 @@ class SavedBytes:
     Attributes:
         by_module: module name -> bytes saved while that module (and none inside it) was running. `""` is the model
             itself, where a loss is computed.
+        elements: module name -> elements of the tensors saved there.
     """
 
     by_module: dict[str, int]
+    elements: dict[str, int]
 
     @property
     def total(self) -> int:
@@ -41,20 +43,28 @@ class ModuleMemory:
         name: as in `named_modules()`.
         kind: kind of operator (`"linear"`, `"norm"`, `"activation"`, `"dropout"`, `"attention"`), or `"other"`.
         dense_bytes, razor_bytes: saved for backward without and with razor.
+        elements: of the tensors that are saved without razor.
     """
 
     name: str
     kind: str
     dense_bytes: int
     razor_bytes: int
+    elements: int
+
+    @property
+    def bits_per_element(self) -> float | None:
+        """Bits that razor saves for each element that is saved without it; None if nothing is."""
+        return 8 * self.razor_bytes / self.elements if self.elements else None
 
 
 @dataclass(frozen=True)
 class MemoryReport:
     """Saved bytes of one forward pass, dense and razor side by side.
 
-    A tensor that several operators save is counted once, for the first. Parameters, buffers and the batch itself are
-    left out: they are there anyway.
+    A tensor that several operators save is counted once, for the first: a linear layer that reads a norm's x_hat shows
+    next to nothing. Parameters, buffers and the batch itself are left out: they are there anyway. Bits an element are
+    those that razor saves for each element that dense training saves.
 
     Attributes:
         modules: a row for each module that saves anything, in the model's order.
@@ -69,7 +79,7 @@ class MemoryReport:
         for name, module in model.named_modules():
             dense_bytes, razor_bytes = dense.by_module.get(name, 0), razor.by_module.get(name, 0)
             if dense_bytes or razor_bytes:
-                rows.append(ModuleMemory(name, _kind(module), dense_bytes, razor_bytes))
+                rows.append(ModuleMemory(name, _kind(module), dense_bytes, razor_bytes, dense.elements.get(name, 0)))
         return cls(rows)
 
     @property
@@ -85,18 +95,30 @@ class MemoryReport:
     @property
     def by_kind(self) -> dict[str, tuple[int, int]]:
         """Kind of operator -> (dense bytes, razor bytes), greatest first."""
-        sums: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+        return {row.name: (row.dense_bytes, row.razor_bytes) for row in self._kinds()}
+
+    def _kinds(self) -> list[ModuleMemory]:
+        """One row for all modules of a kind, greatest first."""
+        sums: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
         for row in self.modules:
-            sums[row.kind][0] += row.dense_bytes
-            sums[row.kind][1] += row.razor_bytes
-        return {kind: (dense, razor) for kind, (dense, razor) in sorted(sums.items(), key=lambda item: -item[1][0])}
+            for i, size in enumerate((row.dense_bytes, row.razor_bytes, row.elements)):
+                sums[row.kind][i] += size
+        rows = [ModuleMemory(kind, kind, *sizes) for kind, sizes in sums.items()]
+        return sorted(rows, key=lambda row: -row.dense_bytes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON."""
         return {
             "dense_bytes": self.dense_bytes,
             "razor_bytes": self.razor_bytes,
-            "by_kind": {k: {"dense_bytes": d, "razor_bytes": r} for k, (d, r) in self.by_kind.items()},
+            "by_kind": {
+                row.name: {
+                    "dense_bytes": row.dense_bytes,
+                    "razor_bytes": row.razor_bytes,
+                    "bits_per_element": row.bits_per_element,
+                }
+                for row in self._kinds()
+            },
             "modules": [asdict(row) for row in self.modules],
         }
 
@@ -106,15 +128,13 @@ class MemoryReport:
         Args:
             modules: how many modules to list; None: all, in the model's order.
         """
-        kinds = [(kind, *sizes) for kind, sizes in self.by_kind.items()]
-        kinds.append(("total", self.dense_bytes, self.razor_bytes))
+        kinds = self._kinds()
+        elements = sum(row.elements for row in kinds)
+        kinds.append(ModuleMemory("total", "total", self.dense_bytes, self.razor_bytes, elements))
         listed = self.modules
         if modules is not None:
             listed = sorted(self.modules, key=lambda row: -row.razor_bytes)[:modules]
-        details = [(row.name or "(model)", row.dense_bytes, row.razor_bytes) for row in listed]
-        return (
-            _table("saved for backward", kinds) + "\n\n" + _table("by module" if modules is None else "most", details)
-        )
+        return _table("saved for backward", kinds) + "\n\n" + _table("by module" if modules is None else "most", listed)
 
     def __str__(self) -> str:
         return self.to_string()
@@ -132,6 +152,7 @@ def measure_saved_bytes(model: nn.Module, **batch: Any) -> SavedBytes:
     known = [*model.parameters(), *model.buffers(), *(x for x in tree_leaves(batch) if isinstance(x, Tensor))]
     seen = {_storage_key(x) for x in known}
     by_module: dict[str, int] = defaultdict(int)
+    elements: dict[str, int] = defaultdict(int)
     running: list[str] = [""]
 
     def note(x: Tensor) -> Tensor:
@@ -139,6 +160,7 @@ def measure_saved_bytes(model: nn.Module, **batch: Any) -> SavedBytes:
         if key not in seen:
             seen.add(key)
             by_module[running[-1]] += x.untyped_storage().nbytes()
+            elements[running[-1]] += x.untyped_storage().nbytes() // x.element_size()
         # Returned as it is, the tensor stays alive with the graph, so no later storage can take its address.
         return x
 
@@ -146,7 +168,7 @@ def measure_saved_bytes(model: nn.Module, **batch: Any) -> SavedBytes:
         # The result holds the graph until all is counted.
         result = model(**batch)
     del result
-    return SavedBytes(dict(by_module))
+    return SavedBytes(dict(by_module), dict(elements))
 
 
 def _storage_key(x: Tensor) -> int:
@@ -193,10 +215,13 @@ def _kind(module: nn.Module) -> str:
     return next((operator.kind for operator in OPERATORS if operator.handles(module)), "other")
 
 
-def _table(title: str, rows: list[tuple[str, int, int]]) -> str:
-    width = max(len(title), *(len(name) for name, _, _ in rows)) if rows else len(title)
-    lines = [f"{title:<{width}}  {'dense MiB':>10}  {'razor MiB':>10}  {'factor':>7}"]
-    for name, dense, razor in rows:
-        factor = f"{dense / razor:.1f}x" if razor else "-"
-        lines.append(f"{name:<{width}}  {dense / 2**20:>10.2f}  {razor / 2**20:>10.2f}  {factor:>7}")
+def _table(title: str, rows: list[ModuleMemory]) -> str:
+    names = [row.name or "(model)" for row in rows]
+    width = max(map(len, (title, *names)))
+    lines = [f"{title:<{width}}  {'dense MiB':>10}  {'razor MiB':>10}  {'factor':>7}  {'bits/element':>12}"]
+    for name, row in zip(names, rows, strict=True):
+        factor = f"{row.dense_bytes / row.razor_bytes:.1f}x" if row.razor_bytes else "-"
+        bits = "-" if row.bits_per_element is None else f"{row.bits_per_element:.2f}"
+        sizes = f"{row.dense_bytes / 2**20:>10.2f}  {row.razor_bytes / 2**20:>10.2f}"
+        lines.append(f"{name:<{width}}  {sizes}  {factor:>7}  {bits:>12}")
     return "\n".join(lines)

@@ -1,51 +1,70 @@
-"""What dense training and each preset save for backward, and how far the gradients of each preset are from dense ones.
+"""What training saves for backward, how high its memory peaks, and how good the gradients are: dense training,
+activation checkpointing, LoRA, the paper's Back Razor, and the balanced preset with each number of residual bits.
 
     python recipes/benchmark_memory.py
 
-needs no download. Saved bytes depend on shapes alone, so ViT-B/16, BERT-base and GPT-2 come with random weights, with
-their default dropout. The bytes that GPT-2's head and loss save (its logits, which razor leaves alone) are left out of
-its columns. Gradient fidelity is measured where weights matter: on the pretrained MiniLM-L6 and real text, as the
-cosine between razor and dense gradient of one batch over all parameters of the encoder, for the same dropout.
+needs no download and takes some ten minutes on two CPU cores. ViT-B/16, BERT-base and GPT-2 come with random weights
+(bytes depend on shapes alone), their default dropout, labels and loss. Every figure of a workload is taken in a
+process of its own. The columns:
+
+- saved: bytes that autograd (or a checkpoint) holds between forward and backward, without parameters and the batch;
+- peak: the high-water mark of one step less what is there before it; gradients are there before it;
+- bits: saved bits for each element that dense training (SDPA) saves;
+- fidelity: cosine between razor and dense gradient of one batch, for the same dropout, over the encoder's parameters
+  of the pretrained MiniLM-L6 on real text; with --vit and --images, of a pretrained ViT on real images as well.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
     ViTConfig,
     ViTForImageClassification,
 )
 
 from docstring_task import docstring_task
-from hf_backrazor import RazorConfig, SavedBytes, get_razor_model, measure_saved_bytes
+from hf_backrazor import RazorConfig, get_razor_model, measure_saved_bytes
 from offline_data import minilm_folder
+from peak_memory import peak_over_idle, return_freed_memory
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
 
-ROWS: dict[str, RazorConfig | None] = {
-    "dense, eager attention": None,
-    "dense, SDPA": None,
-    "lossless": RazorConfig.preset("lossless"),
-    "paper 0.8": RazorConfig.preset("paper", sparsity=0.8),
-    "paper 0.9": RazorConfig.preset("paper", sparsity=0.9),
-    "fast": RazorConfig.preset("fast"),
-    "balanced": RazorConfig.preset("balanced"),
+RAZOR_ROWS = {
+    "razor, paper 0.9": RazorConfig.preset("paper", sparsity=0.9),
+    "razor, paper 0.97": RazorConfig.preset("paper", sparsity=0.97),
+    "razor, balanced, residual_bits=1": RazorConfig(residual_bits=1),
+    "razor, balanced (residual_bits=2)": RazorConfig(),
+    "razor, balanced, residual_bits=3": RazorConfig(residual_bits=3),
+    "razor, balanced, residual_bits=4": RazorConfig(residual_bits=4),
+    "razor, fast": RazorConfig.preset("fast"),
 }
+EAGER, SDPA, CHECKPOINTING, LORA = "dense, eager attention", "dense, SDPA", "activation checkpointing", "LoRA r=8"
+ROWS = (EAGER, SDPA, CHECKPOINTING, LORA, *RAZOR_ROWS)
+# PEFT's default targets for BERT and GPT-2; for ViT it has none, and attention's q and v are what its examples take.
+LORA_TARGETS = {"vit": ["q_proj", "v_proj"], "bert": None, "gpt2": None}
 
 
 def vit() -> tuple[PreTrainedModel, Batch]:
@@ -59,37 +78,65 @@ def bert() -> tuple[PreTrainedModel, Batch]:
     return BertForSequenceClassification(BertConfig()), batch
 
 
-def gpt2() -> tuple[PreTrainedModel, Batch]:
-    tokens = torch.randint(0, 50000, (2, 512))
+def gpt2(batch: int, length: int) -> tuple[PreTrainedModel, Batch]:
+    tokens = torch.randint(0, 50000, (batch, length))
     return GPT2LMHeadModel(GPT2Config(use_cache=False)), {"input_ids": tokens, "labels": tokens}
 
 
-MODELS: dict[str, Callable[[], tuple[PreTrainedModel, Batch]]] = {
+def llama() -> tuple[PreTrainedModel, Batch]:
+    sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
+    tokens = torch.randint(0, 32000, (2, 512))
+    return LlamaForCausalLM(LlamaConfig(**sizes, use_cache=False)), {"input_ids": tokens, "labels": tokens}
+
+
+WORKLOADS: dict[str, Callable[[], tuple[PreTrainedModel, Batch]]] = {
     "ViT-B/16 8x224x224": vit,
     "BERT-base 8x128": bert,
-    "GPT-2 2x512": gpt2,
+    "GPT-2 2x512": lambda: gpt2(2, 512),
+    "GPT-2 1x1024": lambda: gpt2(1, 1024),
 }
 
 
-def saved_mib(saved: SavedBytes) -> float:
-    # The model itself ("") saves what its loss needs.
-    return sum(size for name, size in saved.by_module.items() if name not in ("", "lm_head")) / 2**20
+def measure(workload: str, row: str) -> dict[str, float | None]:
+    """Saved bytes, elements saved and peak of one row. Runs in a process of its own."""
+    return_freed_memory()
+    torch.manual_seed(0)
+    model, batch = WORKLOADS[workload]()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device).train()
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    if row == EAGER:
+        model.set_attn_implementation("eager")
+    elif row == LORA:
+        model = get_peft_model(model, LoraConfig(r=8, target_modules=LORA_TARGETS[model.config.model_type]))
+    elif row == CHECKPOINTING:
+        model.gradient_checkpointing_enable()
+    elif row != SDPA:
+        model = get_razor_model(model, RAZOR_ROWS[row])
+    saved = measure_saved_bytes(model, **batch)
+
+    def step() -> None:
+        model(**batch).loss.backward()
+        model.zero_grad(set_to_none=False)
+
+    step()
+    return {
+        "saved_bytes": saved.total,
+        "saved_elements": sum(saved.elements.values()),
+        "peak_mib": peak_over_idle(step),
+    }
 
 
-def measure_memory(make: Callable[[], tuple[PreTrainedModel, Batch]]) -> dict[str, float]:
-    model, batch = make()
-    result = {}
-    for row, config in ROWS.items():
-        model.set_attn_implementation("eager" if "eager" in row else "sdpa")
-        if config is not None:
-            get_razor_model(model, config)
-        result[row] = saved_mib(measure_saved_bytes(model, **batch))
-        if config is not None:
-            model.unload()
-    return result
+def measure_apart(workload: str, row: str) -> dict[str, float | None]:
+    print(f"{workload}: {row}", file=sys.stderr, flush=True)
+    command = [sys.executable, __file__, "--measure", workload, row]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise SystemExit(f"{workload}, {row} failed:\n{run.stderr[-2000:]}")
+    return json.loads(run.stdout.splitlines()[-1])
 
 
-def measure_fidelity() -> dict[str, float]:
+def text_case() -> tuple[PreTrainedModel, Batch]:
     folder = minilm_folder()
     rows = docstring_task()["train"].shuffle(seed=0).select(range(16))
     batch = dict(
@@ -98,49 +145,96 @@ def measure_fidelity() -> dict[str, float]:
         )
     )
     batch["labels"] = torch.tensor(list(rows["label"]))
+    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=9), batch
+
+
+def image_case(folder: str, dataset: str) -> tuple[PreTrainedModel, Batch]:
+    # Here and not above: only this needs Pillow.
+    from transformers import AutoImageProcessor
+
+    from chosen_dataset import load_splits
+    from image_pixels import as_pil_image
+
+    rows = load_splits(dataset)[0].select(range(8))
+    images = [as_pil_image(image, 3) for image in rows["image"]]
+    pixels = AutoImageProcessor.from_pretrained(folder)(images, return_tensors="pt")["pixel_values"]
+    model = AutoModelForImageClassification.from_pretrained(folder, num_labels=10, ignore_mismatched_sizes=True)
+    return model, {"pixel_values": pixels, "labels": torch.tensor(list(rows["label"]))}
+
+
+def measure_fidelity(case: Callable[[], tuple[PreTrainedModel, Batch]], rows: list[str]) -> dict[str, float]:
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=9).train()
+    model, batch = case()
+    model.train()
 
     def gradient() -> Tensor:
         model.zero_grad()
         torch.manual_seed(1)
         model(**batch).loss.backward()
-        grads = [p.grad.flatten() for name, p in model.named_parameters() if "encoder" in name]
-        return torch.cat(grads).double()
+        return torch.cat([p.grad.flatten() for name, p in model.named_parameters() if "layer" in name]).double()
 
     dense = gradient()
     result = {}
-    for row, config in ROWS.items():
-        if config is not None:
-            get_razor_model(model, config)
+    for row in rows:
+        if row in RAZOR_ROWS:
+            get_razor_model(model, RAZOR_ROWS[row])
             result[row] = nn.functional.cosine_similarity(gradient(), dense, dim=0).item()
             model.unload()
     return result
 
 
+def table(figures: dict[str, dict[str, Any]], fidelity: dict[str, dict[str, float]]) -> str:
+    """A Markdown table for one workload. Factors are against dense training with eager attention, where it was run."""
+    lines = ["| | saved MiB | peak MiB | bits an element | " + " | ".join(f"fidelity, {m}" for m in fidelity) + " |"]
+    lines.append("|---" * (4 + len(fidelity)) + "|")
+    for row, figure in figures.items():
+        saved = figure["saved_bytes"]
+        factor = f" ({figures[EAGER]['saved_bytes'] / saved:.1f}x)" if EAGER in figures else ""
+        peak = "-" if figure["peak_mib"] is None else f"{figure['peak_mib']:.0f}"
+        bits = f"{8 * saved / figures[SDPA]['saved_elements']:.2f}" if SDPA in figures else "-"
+        # Those that change nothing about the gradient have a fidelity of 1; LoRA trains other parameters.
+        exact = "-" if row == LORA else "1"
+        cosines = [f"{cosine[row]:.3f}" if row in cosine else exact for cosine in fidelity.values()]
+        lines.append(f"| {row} | " + " | ".join([f"{saved / 2**20:.1f}{factor}", peak, bits, *cosines]) + " |")
+    return "\n".join(lines)
+
+
+def print_leftovers() -> None:
+    for name, make in {**WORKLOADS, "Llama, 12 layers of 768, 2x512": llama}.items():
+        model, batch = make()
+        print(f"\n## {name}\n\n{get_razor_model(model).memory_report(**batch)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--vit", metavar="FOLDER", help="a pretrained ViT to measure fidelity on; with --images")
+    parser.add_argument("--images", metavar="FOLDER", help="its data, as image_classification.py's --dataset")
+    parser.add_argument("--leftovers", action="store_true", help="show instead what balanced still saves, and where")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the figures to this file")
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message="loss_type")
+    warnings.filterwarnings("ignore")
+    if args.measure:
+        print(json.dumps(measure(*args.measure)))
+        return
+    if args.leftovers:
+        print_leftovers()
+        return
 
-    figures: dict[str, dict[str, Any]] = {name: measure_memory(make) for name, make in MODELS.items()}
-    fidelity = measure_fidelity()
-
-    print("| saved for backward, MiB | " + " | ".join(figures) + " | gradient fidelity, MiniLM |")
-    print("|---" * (len(figures) + 2) + "|")
-    for row in ROWS:
-        cells = [row]
-        for sizes in figures.values():
-            factor = sizes["dense, eager attention"] / sizes[row]
-            cells.append(f"{sizes[row]:.0f} ({factor:.1f}x)")
-        cells.append(f"{fidelity[row]:.3f}" if row in fidelity else "1")
-        print("| " + " | ".join(cells) + " |")
+    fidelity = {"MiniLM": measure_fidelity(text_case, args.rows)}
+    if args.vit:
+        fidelity["ViT"] = measure_fidelity(lambda: image_case(args.vit, args.images), args.rows)
+    figures = {name: {row: measure_apart(name, row) for row in args.rows} for name in args.workloads}
+    for name, rows in figures.items():
+        print(f"\n{name}\n\n{table(rows, fidelity)}")
     if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump({"saved_mib": figures, "fidelity": fidelity}, file, indent=2)
+        unfinished = args.json.with_name(f".{args.json.name}.unfinished")
+        unfinished.write_text(json.dumps({"figures": figures, "fidelity": fidelity}, indent=2), encoding="utf-8")
+        os.replace(unfinished, args.json)
 
 
 if __name__ == "__main__":
