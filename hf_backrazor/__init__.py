@@ -13,12 +13,14 @@ _EXPORTS = {
     "RazorConfig": "config",
     "RazorModel": "model",
     "SavedBytes": "report",
+    "estimate_saved_bytes": "estimate",
     "get_razor_model": "model",
     "measure_saved_bytes": "report",
 }
 
 if TYPE_CHECKING:
     from .config import RazorConfig
+    from .estimate import estimate_saved_bytes
     from .model import RazorModel, get_razor_model
     from .report import MemoryReport, SavedBytes, measure_saved_bytes
 
@@ -28,6 +30,7 @@ __all__ = [
     "RazorModel",
     "SavedBytes",
     "__version__",
+    "estimate_saved_bytes",
     "get_razor_model",
     "measure_saved_bytes",
 ]

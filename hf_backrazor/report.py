@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -150,6 +150,11 @@ def measure_saved_bytes(model: nn.Module, **batch: Any) -> SavedBytes:
         batch: the arguments of the model's forward.
     """
     known = [*model.parameters(), *model.buffers(), *(x for x in tree_leaves(batch) if isinstance(x, Tensor))]
+    return record_saved_bytes(model, known, lambda: model(**batch))
+
+
+def record_saved_bytes(model: nn.Module, known: Iterable[Tensor], forward: Callable[[], Any]) -> SavedBytes:
+    """Run `forward`, a forward of `model` in training mode, and count what it saves besides `known`."""
     seen = {_storage_key(x) for x in known}
     by_module: dict[str, int] = defaultdict(int)
     elements: dict[str, int] = defaultdict(int)
@@ -166,7 +171,7 @@ def measure_saved_bytes(model: nn.Module, **batch: Any) -> SavedBytes:
 
     with _undisturbed(model), _following(model, running), saved_tensors_hooks(note, lambda x: x), torch.enable_grad():
         # The result holds the graph until all is counted.
-        result = model(**batch)
+        result = forward()
     del result
     return SavedBytes(dict(by_module), dict(elements))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
@@ -31,6 +32,8 @@ def watch_first_forward(model: nn.Module) -> RemovableHandle:
 # A function of the module, not a closure: models are pickled and copied with their hooks.
 def _before_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     if not (model.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        return
+    if detect_fake_mode() is not None:  # an estimate, with other tensors in place of the weights
         return
     model._razor_watch.remove()
     _notice_checkpointing(model)

@@ -1,0 +1,94 @@
+"""Where the memory goes: measured, and known beforehand."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from architectures import make
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from hf_backrazor import RazorConfig, estimate_saved_bytes, get_razor_model, measure_saved_bytes
+
+PRESETS = {"dense": None, "balanced": RazorConfig(), "paper": RazorConfig.preset("paper")}
+
+
+@pytest.mark.filterwarnings("ignore:saved dense", "ignore:the model returns a cache")
+@pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)
+@pytest.mark.parametrize("name", ["vit", "dinov2", "bert", "gpt2", "llama", "gemma", "opt", "t5"])
+def test_estimate_is_what_is_measured(name: str, config: RazorConfig | None) -> None:
+    model, batch = make(name)
+    batch.pop("attention_mask", None)
+    if config is not None:
+        get_razor_model(model, config)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    rng = torch.get_rng_state()
+    estimated = estimate_saved_bytes(model.eval(), tuple(batch[model.main_input_name].shape))
+    assert not model.training
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert all(type(p) is torch.nn.Parameter for p in model.parameters())
+    assert estimated == measure_saved_bytes(model, **batch)
+    # What an estimate leaves behind must not be met by real tensors.
+    model.train()(**batch).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_estimate_of_a_model_without_memory_for_its_weights() -> None:
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config(n_embd=768, n_layer=2, n_head=12, use_cache=False))
+    real = GPT2LMHeadModel(GPT2Config(n_embd=768, n_layer=2, n_head=12, use_cache=False))
+    tokens = torch.zeros(2, 64, dtype=torch.int64)
+    for config in (None, RazorConfig()):
+        if config is not None:
+            model, real = get_razor_model(model, config), get_razor_model(real, config)
+        expected = measure_saved_bytes(real, input_ids=tokens, labels=tokens)
+        assert estimate_saved_bytes(model, (2, 64)) == expected
+    without_loss = estimate_saved_bytes(model, {"input_ids": (2, 64)}, labels=False)
+    assert without_loss.total < expected.total
+
+
+def test_estimate_of_a_model_with_adapters() -> None:
+    model, batch = make("gpt2")
+    batch.pop("attention_mask", None)
+    model = get_razor_model(get_peft_model(model, LoraConfig(r=4)))
+    assert estimate_saved_bytes(model, tuple(batch["input_ids"].shape)) == measure_saved_bytes(model, **batch)
+
+
+def test_an_unknown_input_is_named() -> None:
+    model, _ = make("bert")
+    with pytest.raises(ValueError, match=r"BertForSequenceClassification has no input 'pixels': .*input_ids"):
+        estimate_saved_bytes(model, {"pixels": (2, 3)})
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_saved_bytes_grow_linearly_with_the_sequence(name: str) -> None:
+    with torch.device("meta"):
+        if name == "gpt2":
+            model = GPT2LMHeadModel(GPT2Config(n_positions=4096, n_layer=2, use_cache=False))
+        else:
+            sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2, "num_attention_heads": 4}
+            model = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=4096, use_cache=False))
+    dense = copy.deepcopy(model)
+    dense.set_attn_implementation("eager")
+    get_razor_model(model)
+    sizes = {length: estimate_saved_bytes(model, (1, length)).total for length in (512, 1024, 2048, 4096)}
+    for length in (512, 1024, 2048):
+        assert sizes[2 * length] / sizes[length] == pytest.approx(2, rel=0.02)
+    growth = estimate_saved_bytes(dense, (1, 4096)).total / estimate_saved_bytes(dense, (1, 512)).total
+    assert growth > 10
+
+
+def test_report_counts_bits_for_each_element_that_dense_training_saves() -> None:
+    model, batch = make("bert")
+    report = get_razor_model(model).memory_report(**batch)
+    kinds = report.to_dict()["by_kind"]
+    assert kinds["dropout"]["bits_per_element"] == pytest.approx(1, abs=0.1)  # in place of a byte or a float
+    # They read what the norms and the activation functions save.
+    assert kinds["linear"]["bits_per_element"] < kinds["norm"]["bits_per_element"]
+    for row in report.modules:
+        if row.elements:
+            assert row.bits_per_element == 8 * row.razor_bytes / row.elements
+    assert "bits/element" in str(report)
