@@ -80,8 +80,10 @@ class RazorConfig(PushToHubMixin):
     Args:
         sparsity: fraction of a saved activation's elements not kept exactly, in [0, 1). 0 keeps all of them.
         granularity: what top-k runs over: `"row"` (last dimension), `"sample"` (batch item) or `"tensor"`.
-        residual_bits: bits an element, 0 to 4, for what top-k leaves over. 0: it unpacks to zero, as in the
-            paper. Otherwise it is kept as a code with one scale per row.
+        residual_bits: bits an element, 0 to 4, for what top-k leaves over of a linear layer's input. 0: it unpacks
+            to zero, as in the paper. Otherwise it is kept as a code with one scale per row; and an input that
+            another operator's copy restores (a norm's x_hat, an activation function's input, the factors of a
+            gated product) is restored from that, in that operator's bits, and takes no codes of its own.
         norm: what a LayerNorm or RMSNorm stores: `"x_hat"`, its normalised output, or `"input"` (the paper).
         norm_bits: what `residual_bits` is, for the tensor a norm stores.
         value_dtype: dtype of the elements kept exactly: `"auto"`, `"float32"`, `"bfloat16"`, `"float16"` or
@@ -90,10 +92,12 @@ class RazorConfig(PushToHubMixin):
             in the gradient. `"int8"`: with one scale per set that top-k runs over.
         attention: `"recompute"` stores q, k, v in `qkv_bits` and computes probabilities again in backward;
             `"sparse"`, the paper's, stores probabilities, q, k, v sparse and ignores `qkv_bits`.
-        qkv_bits: bits for q, k, v: 4 or 8 (a code, one scale per row), 16 (half precision) or 32 (unchanged).
-        activation_bits: bits an element that an activation function stores: 2, 3, 4 or 8 (a code for its
-            derivative), 16 (its input in half precision, from which the derivative is computed) or 32 (its
-            input unchanged). ReLU always stores 1.
+        qkv_bits: bits for q, k, v: 4 or 8 (a code for the deviation from the mean over tokens, one scale per head
+            and token; at 4 bits with the elements beyond `sparsity` exact), 16 (half precision) or 32 (unchanged).
+        activation_bits: bits an element for the input of an activation function, from which its derivative and its
+            output are restored: 2, 3, 4 or 8 (the number of the interval that it lies in), 16 (half precision) or 32
+            (unchanged). ReLU always stores 1 for its derivative. Also what `residual_bits` is, for the factors of a
+            gated product.
         weight_gradient: how it is computed: `"dense"`. (`"int8"` is reserved, not available in this version.)
         target_modules: modules to replace. A list: their names, or what their names end in after a dot. A
             string: one regular expression for the whole name. None: all that can be replaced.
@@ -117,7 +121,7 @@ class RazorConfig(PushToHubMixin):
     granularity: Literal["row", "sample", "tensor"] = field(
         default="row", metadata={"help": "The set of elements that top-k runs over."}
     )
-    residual_bits: Bits = field(default=2, metadata={"help": "Bits for what top-k leaves over; 0: none of it."})
+    residual_bits: Bits = field(default=2, metadata={"help": "Bits for what top-k leaves over of a linear's input."})
     norm: Literal["x_hat", "input"] = field(
         default="x_hat", metadata={"help": "What a norm stores: its normalised output or its input."}
     )
@@ -132,7 +136,7 @@ class RazorConfig(PushToHubMixin):
         default=4, metadata={"help": "Bits for q, k, v when probabilities are recomputed."}
     )
     activation_bits: Literal[2, 3, 4, 8, 16, 32] = field(
-        default=4, metadata={"help": "Bits for an activation's derivative (2 to 8) or input (16, 32)."}
+        default=4, metadata={"help": "Bits for an activation function's input."}
     )
     weight_gradient: Literal["dense"] = field(default="dense", metadata={"help": "How weight gradients are computed."})
     target_modules: list[str] | str | None = field(

@@ -241,6 +241,21 @@ def test_own_losses_of_the_logits() -> None:
     torch.testing.assert_close(own(model(**batch).logits), expected)
 
 
+def test_logits_written_to_are_what_the_loss_sees() -> None:
+    model, batch = make("gpt2")
+    labels = batch.pop("labels").view(-1)
+
+    def masked() -> Tensor:
+        torch.manual_seed(1)
+        logits = model(**batch).logits
+        logits[..., 100:] = -1e4
+        return F.cross_entropy(logits.view(-1, 200), labels)
+
+    expected = masked()
+    get_razor_model(model, RazorConfig.preset("lossless"))
+    torch.testing.assert_close(masked(), expected)
+
+
 @pytest.mark.parametrize("shift", [False, True])
 def test_trainers_label_smoothing_does_without_logits(shift: bool, tiles: str) -> None:
     model, batch = make("gpt2")

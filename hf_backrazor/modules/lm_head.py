@@ -130,7 +130,8 @@ class LazyLogits(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         handler = (_LOG_PROB_HANDLERS if cls is LazyLogProbs else _HANDLERS).get(name)
-        if handler is not None and isinstance(args[0], LazyLogits):
+        # Once they are computed they may have been written to.
+        if handler is not None and isinstance(args[0], LazyLogits) and args[0]._dense is None:
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
