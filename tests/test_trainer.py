@@ -251,7 +251,8 @@ def test_bf16_on_a_cpu(name: str, tmp_path: Path) -> None:
         trainer.train()
         assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
         runs[label] = losses(trainer)
-    assert runs["lossless"][0] == runs["balanced"][0] == runs["dense"][0]
+    # GPT-2 sums its loss in another order.
+    assert runs["lossless"][0] == runs["balanced"][0] == pytest.approx(runs["dense"][0], rel=1e-6)
     assert runs["lossless"][:6] == pytest.approx(runs["dense"][:6], rel=0.02)
     assert sum(runs["balanced"][-4:]) < 0.8 * sum(runs["balanced"][:4])
 
@@ -588,7 +589,8 @@ def test_autocast(name: str, preset: str) -> None:
     expected_loss, expected_logits, expected = cast_step(plain)
     loss, logits, gradients = cast_step(razor)
     assert logits.dtype == expected_logits.dtype == torch.bfloat16
-    assert torch.equal(loss, expected_loss)
+    assert loss.dtype == expected_loss.dtype
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)  # summed in another order
     assert torch.equal(logits, expected_logits)
     assert gradients.keys() == expected.keys()
     assert all(gradient.dtype == torch.float32 for gradient in gradients.values())

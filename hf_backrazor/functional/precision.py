@@ -10,7 +10,7 @@ from torch import Tensor
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """dtype that a matrix product of `x` runs in: autocast's where it is on, else the tensor's own."""
-    if _autocast_is_on(x.device.type) and x.dtype != torch.float64:
+    if autocast_is_on(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
@@ -27,7 +27,8 @@ def current_autocast(device_type: str) -> AbstractContextManager:
     )
 
 
-def _autocast_is_on(device_type: str) -> bool:
+def autocast_is_on(device_type: str) -> bool:
+    """Whether autocast is on for devices of this type."""
     # Asking for a device without autocast ("meta") is an error.
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from transformers.utils import logging
 
 from ..functional import linear_cross_entropy
-from ..functional.precision import current_autocast
+from ..functional.precision import autocast_is_on, current_autocast
 from .linear import RazorLinear
 
 logger = logging.get_logger(__name__)
@@ -277,8 +277,10 @@ def _cross_entropy(
     if not plain or x.dim() != 2 or target.shape != x.shape[:1] or reduction not in ("none", "sum", "mean"):
         return NotImplemented
     options = (x.loss_elementwise, ignore_index, label_smoothing, reduction)
+    # Autocast computes cross entropy in float32, whatever the logits come in.
+    dtype = torch.promote_types(x.dtype, torch.float32) if autocast_is_on(x.device.type) else x.dtype
     with x.autocast:
-        return linear_cross_entropy(x.hidden, x.weight, x.bias, target, *options).to(x.dtype)
+        return linear_cross_entropy(x.hidden, x.weight, x.bias, target, *options).to(dtype)
 
 
 def _log_softmax(x: LazyLogits, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Any:
