@@ -3,7 +3,7 @@ activation checkpointing, LoRA, the paper's Back Razor, and the balanced preset 
 
     python recipes/benchmark_memory.py
 
-needs no download and takes some ten minutes on two CPU cores. ViT-B/16, BERT-base and GPT-2 come with random weights
+needs no download and takes some twenty minutes on two CPU cores. ViT-B/16, BERT-base and GPT-2 come with random weights
 (bytes depend on shapes alone), their default dropout, labels and loss. Every figure of a workload is taken in a
 process of its own. The columns:
 
@@ -228,9 +228,10 @@ def main() -> None:
     fidelity = {"MiniLM": measure_fidelity(text_case, args.rows)}
     if args.vit:
         fidelity["ViT"] = measure_fidelity(lambda: image_case(args.vit, args.images), args.rows)
-    figures = {name: {row: measure_apart(name, row) for row in args.rows} for name in args.workloads}
-    for name, rows in figures.items():
-        print(f"\n{name}\n\n{table(rows, fidelity)}")
+    figures: dict[str, dict[str, Any]] = {}
+    for name in args.workloads:
+        figures[name] = {row: measure_apart(name, row) for row in args.rows}
+        print(f"\n{name}\n\n{table(figures[name], fidelity)}", flush=True)
     if args.json:
         unfinished = args.json.with_name(f".{args.json.name}.unfinished")
         unfinished.write_text(json.dumps({"figures": figures, "fidelity": fidelity}, indent=2), encoding="utf-8")
