@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from ..packing import Layout, PackSpec, pack
+from .masks import pack_mask
 from .precision import current_autocast
 from .rng import get_rng_state, replayed_rng
 
@@ -30,14 +31,14 @@ def recomputed_attention(
 ) -> Tensor:
     """Attention that saves packed q, k, v and runs `attend` again in backward.
 
-    Memory is linear in sequence length (as far as the `others` are). The gradient is exactly that of `attend` at the
-    unpacked q, k, v, for the dropout mask that the forward drew.
+    Memory is linear in sequence length, as far as the `others` are (see `pack_mask`). The gradient is exactly that of
+    `attend` at the unpacked q, k, v, for the dropout mask that the forward drew.
 
     Args:
         attend: `attend(query, key, value, *others)` gives the output.
         query, key, value: float, `(batch, heads, length, head_dim)`.
-        others: all other tensors that `attend` depends on (masks, position biases, sinks). Saved as they are; those
-            that require a gradient get one.
+        others: all other tensors that `attend` depends on (masks, position biases, sinks). Masks are packed (see
+            `pack_mask`), the rest is saved as it is; those that require a gradient get one.
         spec: how q, k and v are packed.
         random: `attend` draws random numbers.
         parameters: learnable parameters that `attend` reads by itself.
@@ -69,7 +70,11 @@ class _RecomputedAttention(torch.autograd.Function):
         ctx.attend, ctx.random = attend, random
         ctx.autocast = current_autocast(query.device.type)
         ctx.layouts = [(p.layout, len(p.parts)) for p in packed]
-        ctx.save_for_backward(*rng, *parameters, *others, *(part for p in packed for part in p.parts))
+        masks = [pack_mask(x) for x in others]
+        ctx.mask_layouts = [mask.layout for mask in masks]
+        # Layers above find and share what this keeps alive.
+        ctx.shared = [mask for mask in masks if mask.layout.form != "whole"]
+        ctx.save_for_backward(*rng, *parameters, *(m.part for m in masks), *(part for p in packed for part in p.parts))
         ctx.counts = len(parameters), len(others)
         return attend(query, key, value, *others)
 
@@ -81,6 +86,7 @@ class _RecomputedAttention(torch.autograd.Function):
         parameter_count, other_count = ctx.counts
         parameters, saved = saved[:parameter_count], saved[parameter_count:]
         others, saved = saved[:other_count], saved[other_count:]
+        others = [layout.unpack(part) for layout, part in zip(ctx.mask_layouts, others, strict=True)]
         inputs = _unpack_all(ctx.layouts, saved) + [x.detach() for x in others]
         for x, needed in zip(inputs, ctx.needs_input_grad[4:], strict=False):
             x.requires_grad_(needed)
