@@ -76,7 +76,7 @@ def pack_mask(mask: Tensor) -> PackedMask:
         return _bits(mask) if mask.dtype == torch.bool else _whole(mask)
     if is_fake(mask) or mask.is_meta:
         # No values to read. What is estimated on such tensors is to be what is nearly always found on real ones.
-        return _runs(mask) if mask.dtype == torch.bool else _whole(mask)
+        return _runs(mask)
     shared = _shared[mask]() if mask in _shared else None
     if shared is None or shared.version != mask._version:
         shared = _pack(mask)
