@@ -74,9 +74,6 @@ def pack_mask(mask: Tensor) -> PackedMask:
         return _whole(mask)
     if torch.compiler.is_compiling():
         return _bits(mask) if mask.dtype == torch.bool else _whole(mask)
-    if is_fake(mask) or mask.is_meta:
-        # No values to read. What is estimated on such tensors is to be what is nearly always found on real ones.
-        return _runs(mask)
     shared = _shared[mask]() if mask in _shared else None
     if shared is None or shared.version != mask._version:
         shared = _pack(mask)
@@ -85,6 +82,9 @@ def pack_mask(mask: Tensor) -> PackedMask:
 
 
 def _pack(mask: Tensor) -> PackedMask:
+    if is_fake(mask) or mask.is_meta:
+        # No values to read. What is estimated on such tensors is to be what is nearly always found on real ones.
+        return _runs(mask)
     stored = _without_expanded(mask)
     attend = stored
     if mask.dtype != torch.bool:
