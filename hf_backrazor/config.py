@@ -62,7 +62,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "activation_bits": 32,
     },
     "balanced": {},
-    "fast": {"qkv_bits": 8, "activation_bits": 8},
+    "fast": {"weight_gradient": "int8"},
 }
 PRESETS = tuple(_PRESETS)
 
@@ -98,7 +98,10 @@ class RazorConfig(PushToHubMixin):
             output are restored: 2, 3, 4 or 8 (the number of the interval that it lies in), 16 (half precision) or 32
             (unchanged). ReLU always stores 1 for its derivative. Also what `residual_bits` is, for the factors of a
             gated product.
-        weight_gradient: how it is computed: `"dense"`. (`"int8"` is reserved, not available in this version.)
+        weight_gradient: how a linear layer's is computed: `"dense"`, in floats; or `"int8"`, from the codes as
+            integers and the output's gradient rounded to 8 bits at random (so that its mean is exact; a seed is drawn
+            from torch's CPU generator). Where what is stored is not coded, or the device has no fast product of
+            integers, `"int8"` is the same as `"dense"`.
         target_modules: modules to replace. A list: their names, or what their names end in after a dot. A
             string: one regular expression for the whole name. None: all that can be replaced.
         exclude_modules: modules to leave as they are, in the same form. None: none.
@@ -138,7 +141,9 @@ class RazorConfig(PushToHubMixin):
     activation_bits: Literal[2, 3, 4, 8, 16, 32] = field(
         default=4, metadata={"help": "Bits for an activation function's input."}
     )
-    weight_gradient: Literal["dense"] = field(default="dense", metadata={"help": "How weight gradients are computed."})
+    weight_gradient: Literal["dense", "int8"] = field(
+        default="dense", metadata={"help": "How weight gradients are computed: in floats, or by 8-bit integers."}
+    )
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names, suffixes or one regex of the modules to replace; None: all."}
     )
@@ -356,8 +361,6 @@ def _checked(name: str, value: Any) -> Any:
         # What cannot be sorted is not legal either, and is told so below.
         with contextlib.suppress(TypeError):
             value = sorted(value)
-    if name == "weight_gradient" and value == "int8":
-        raise ValueError('weight_gradient="int8" is not available in this version: use "dense"')
     _require(name, value, *_LEGAL[name])
     if name == "overrides":
         return {pattern: _checked_override(pattern, changes) for pattern, changes in value.items()}

@@ -554,6 +554,27 @@ def test_a_module_outside_of_transformers() -> None:
     model(torch.randn(4, 8)).sum().backward()
 
 
+@pytest.mark.parametrize("name", ["vit", "bert", "gpt2", "llama"])
+def test_weight_gradients_by_integers_replace_those_by_floats(name: str, monkeypatch) -> None:
+    # Where the processor has no fast product of integers, its slow one must do here.
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    model, batch = make(name)
+    get_razor_model(model, RazorConfig(weight_gradient="int8"))
+    model.train()
+    found, again, other = gradients(model, batch), gradients(model, batch), gradients(model, batch, seed=4)
+    for module in model.modules():
+        if hasattr(module, "razor_config"):
+            module.razor_config = RazorConfig()
+    expected = gradients(model, batch)
+    changed = 0
+    for key, grad in found.items():
+        assert torch.equal(grad, again[key])  # a seed fixes the rounding
+        changed += not torch.equal(grad, expected[key])
+        torch.testing.assert_close(grad, expected[key], rtol=0, atol=max(1e-6, 0.05 * expected[key].abs().max()))
+    assert changed >= 4
+    assert any(not torch.equal(grad, other[key]) for key, grad in found.items())
+
+
 @pytest.mark.slow
 def test_compiled_and_eager_gradients_agree() -> None:
     model = get_razor_model(Block(), RazorConfig(overrides={"up": {"sparsity": 0.5}, "down": {"sparsity": 0.75}}))

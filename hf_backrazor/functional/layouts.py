@@ -12,7 +12,16 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..packing import Cells, Layout, SparseLayout, decode_cells, unpack_bits
+from ..packing import (
+    Cells,
+    Integers,
+    Kept,
+    Layout,
+    SparseLayout,
+    decode_cells,
+    decode_integers,
+    unpack_bits,
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,12 @@ class CellLayout(Layout):
         """See `Layout.unpack_rows`."""
         return decode_cells(parts[0][start:stop], self.matrix[1], self.cells, self.table, dtype)
 
+    def integers(self, parts: Sequence[Tensor], kept: Kept | None = None) -> Integers | None:
+        """See `Layout.integers`. What is `kept` exactly takes the place of the codes there."""
+        if self.cells.bits == 8:
+            return None
+        return decode_integers(parts[0], self.matrix[1], self.cells.bits, self.table, None, kept)
+
 
 @dataclass(frozen=True)
 class CorrectedLayout(Layout):
@@ -101,6 +116,12 @@ class CorrectedLayout(Layout):
         """See `Layout.unpack_rows`."""
         base = _rows(self.base, parts[: self.base_parts], start, stop, dtype)
         return self.exact.unpack_rows(parts[self.base_parts :], start, stop, dtype, base)
+
+    def integers(self, parts: Sequence[Tensor]) -> Integers | None:
+        """See `Layout.integers`."""
+        if not isinstance(self.base, CellLayout) or not self.exact.keeps_floats_by_row:
+            return None
+        return self.base.integers(parts, self.exact.kept_parts(parts[self.base_parts :]))
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ..packing import Layout, Packed, PackSpec
+from ..packing import Layout, Packed, PackSpec, fast_with_integers, weight_gradient
 from .layouts import AffineLayout
 from .precision import accumulate_dtype, compute_dtype
 from .sharing import pack_shared
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, spec: PackSpec, transposed: bool = False) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    spec: PackSpec,
+    transposed: bool = False,
+    weight_gradient: str = "dense",
+) -> Tensor:
     """`torch.nn.functional.linear` with a packed input saved for the weight's gradient.
 
     dX = dY W and db = sum(dY) are exact; dW = dY^T x takes x from its packed copy, which every consumer of the same
@@ -27,19 +34,30 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, spec: PackSpec, trans
         bias: `(out_features,)` or None; required if `transposed`.
         spec: how `x` is packed, where no other operator's copy serves (see `pack_shared`).
         transposed: compute as Transformers' `Conv1D` does.
+        weight_gradient: `"dense"`, from unpacked floats; or `"int8"`, from the codes as integers and dY rounded to 8
+            bits at random (drawing a seed from torch's CPU generator in backward), where `x` is coded in a way that
+            allows for that and the device is fast at it.
 
     Returns:
         `(..., out_features)`, bit-equal to the dense operator's.
     """
-    return _Linear.apply(x, weight, bias, pack_shared(x, spec, compute_dtype(x)), transposed)
+    packed = pack_shared(x, spec, compute_dtype(x))
+    return _Linear.apply(x, weight, bias, packed, transposed, weight_gradient == "int8")
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, packed: Packed, transposed: bool
+        ctx: FunctionCtx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        packed: Packed,
+        transposed: bool,
+        integers: bool,
     ) -> Tensor:
         ctx.layout = packed.layout
+        ctx.integers = integers
         ctx.transposed = transposed
         ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -59,10 +77,31 @@ class _Linear(torch.autograd.Function):
             grad_input = grad_rows @ (compute.t() if ctx.transposed else compute)
             grad_input = grad_input.view(ctx.input_shape).to(ctx.input_dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight = _grad_weight(grad_rows, ctx.layout, parts, ctx.transposed).to(weight.dtype)
+            if ctx.integers:
+                grad_weight = _grad_weight_by_integers(grad_rows, ctx.layout, parts, ctx.transposed)
+            if grad_weight is None:
+                grad_weight = _grad_weight(grad_rows, ctx.layout, parts, ctx.transposed)
+            grad_weight = grad_weight.to(weight.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_rows.sum(0).to(ctx.bias_dtype)
-        return grad_input, grad_weight, grad_bias, None, None
+        return grad_input, grad_weight, grad_bias, None, None, None
+
+
+def _grad_weight_by_integers(
+    grad_rows: Tensor, layout: Layout, parts: Sequence[Tensor], transposed: bool
+) -> Tensor | None:
+    """As `_grad_weight`, from the codes; None where they do not allow for that, or it would not be faster."""
+    gamma = beta = None
+    if isinstance(layout, AffineLayout):
+        parts, gamma, beta = layout.split(parts)
+        layout = layout.x_hat
+    if grad_rows.dtype == torch.float64 or not fast_with_integers(grad_rows, layout.matrix[1]):
+        return None
+    integers = layout.integers(parts)
+    if integers is None:
+        return None
+    seed = int(torch.randint(2**32, ()))
+    return weight_gradient(grad_rows.float(), integers, gamma, beta, transposed, seed)
 
 
 def _grad_weight(grad_rows: Tensor, layout: Layout, parts: Sequence[Tensor], transposed: bool) -> Tensor:

@@ -114,7 +114,10 @@ class _LayerNorm(torch.autograd.Function):
             ctx.layout = packed_input.layout
             ctx.save_for_backward(weight, rstd, mean, *packed_input.parts)
             return y
-        packed = pack((x.to(mean.dtype) - mean).mul_(rstd).to(x.dtype), spec)
+        if len(normalized_shape) == 1:
+            packed = pack(x, spec, mean, rstd)
+        else:
+            packed = pack((x.to(mean.dtype) - mean).mul_(rstd).to(x.dtype), spec)
         ctx.layout = packed.layout
         ctx.save_for_backward(weight, rstd, *packed.parts)
         ctx.mark_non_differentiable(*packed.parts)
@@ -165,7 +168,7 @@ class _RMSNorm(torch.autograd.Function):
         wide = x.to(accumulate_dtype(x))
         eps = torch.finfo(x.dtype).eps if eps is None else eps
         rstd = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        packed = packed_input or pack((wide * rstd).to(x.dtype), spec)
+        packed = packed_input or pack(x, spec, rstd=rstd)
         ctx.layout = packed.layout
         ctx.save_for_backward(weight, rstd, *packed.parts)
         if packed_input is not None:

@@ -35,7 +35,8 @@ class RazorLinear(RazorModule):
         """As the plain module; saves `x` packed where the weight is being trained."""
         if not self.razor_active(self.weight) or not self.worth_packing(x):
             return super().forward(x)
-        return linear(x, self.weight, self.bias, input_spec(self.razor_config), self.transposed)
+        config = self.razor_config
+        return linear(x, self.weight, self.bias, input_spec(config), self.transposed, config.weight_gradient)
 
     def razor_repr(self) -> str:
         """See `RazorModule.razor_repr`."""

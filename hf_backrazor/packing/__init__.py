@@ -4,6 +4,7 @@ from .bits import pack_bits, unpack_bits
 from .cells import Cells, decode_cells, encode_cells
 from .codes import CODE_BITS, Codes, decode, encode
 from .index import index_coding
+from .integers import Integers, Kept, decode_integers, fast_with_integers, weight_gradient
 from .layout import Layout, Packed
 from .packed import PackSpec, SparseLayout, pack
 from .select import kept_count, topk_mask
@@ -12,18 +13,23 @@ __all__ = [
     "CODE_BITS",
     "Cells",
     "Codes",
+    "Integers",
+    "Kept",
     "Layout",
     "PackSpec",
     "Packed",
     "SparseLayout",
     "decode",
     "decode_cells",
+    "decode_integers",
     "encode",
     "encode_cells",
+    "fast_with_integers",
     "index_coding",
     "kept_count",
     "pack",
     "pack_bits",
     "topk_mask",
     "unpack_bits",
+    "weight_gradient",
 ]

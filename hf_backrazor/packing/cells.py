@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .bits import pack_codes, unpack_codes
+from ..kernels import cells as _  # noqa: F401  registers the operator
+from ..kernels import rows as native
+from .bits import code_width, pack_codes, unpack_codes
 from .layout import row_slices
 
 FINE = 256
@@ -49,6 +51,9 @@ def encode_cells(x: Tensor, cells: Cells) -> Tensor:
     Returns:
         uint8 `(rows, code_width(n, cells.bits))`; 8 bits: `(rows, n)`.
     """
+    if cells.bits < 8 and native.can_pack(x, cells.bits, x.dtype):
+        width = code_width(x.shape[1], cells.bits)
+        return torch.ops.hf_backrazor.encode_cells(x, cells.reach, _density(cells), cells.bits, cells.starts, width)
     slices = row_slices(*x.shape, x.device)
     codes = [_encode(x[start:stop], cells) for start, stop in slices]
     return codes[0] if len(codes) == 1 else torch.cat(codes)
@@ -56,11 +61,16 @@ def encode_cells(x: Tensor, cells: Cells) -> Tensor:
 
 def _encode(x: Tensor, cells: Cells) -> Tensor:
     x = x.float() if x.dtype.itemsize < 4 else x
-    steps = (x + cells.reach).mul_(FINE / 2 / cells.reach).clamp_(0, FINE - 1).to(torch.uint8)
+    steps = (x + cells.reach).mul_(_density(cells)).clamp_(0, FINE - 1).to(torch.uint8)
     if cells.bits == 8:
         return steps
     codes = cells.cell_of_step(x.device).index_select(0, steps.reshape(-1).int())
     return pack_codes(codes.view(x.shape), cells.bits)
+
+
+def _density(cells: Cells) -> float:
+    """Steps in an interval of length 1."""
+    return FINE / 2 / cells.reach
 
 
 def decode_cells(fields: Tensor, n: int, cells: Cells, table: tuple[float, ...], dtype: torch.dtype) -> Tensor:
@@ -78,4 +88,9 @@ def decode_cells(fields: Tensor, n: int, cells: Cells, table: tuple[float, ...],
     """
     if cells.bits == 8:
         return torch.tensor(table, dtype=dtype, device=fields.device)[fields.int()]
+    if fields.numel() and native.can_unpack(fields, cells.bits, dtype, dtype):
+        parts = (None, None, None, fields, None)
+        return torch.ops.hf_backrazor.unpack(
+            *parts, 1, 0, None, fields.shape[0], n, 0, "none", cells.bits, table, dtype
+        )
     return unpack_codes(fields, n, cells.bits, table, dtype)

@@ -9,6 +9,7 @@ a row with them. 8 bits: 255 evenly spaced levels.
 from __future__ import annotations
 
 import itertools
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,6 @@ from .bits import pack_codes, unpack_codes
 
 CODE_BITS = (1, 2, 3, 4, 8)
 
-# The thresholds lie half way between neighbours.
 _GAUSSIAN_LEVELS: dict[int, tuple[float, ...]] = {
     1: (0.7978846,),
     2: (0.4527800, 1.5104176),
@@ -60,13 +60,13 @@ def encode(x: Tensor, bits: int, keep: Tensor | None = None, levels: str = "gaus
         scale = _greatest(x)
     else:
         counted = x.shape[-1] if keep is None else (x.shape[-1] - keep.sum(-1, keepdim=True)).clamp_(min=1)
-        scale = (x.square().sum(-1, keepdim=True) / counted).sqrt_()
+        # In double precision, the order of summation does not show.
+        scale = (x.double().square_().sum(-1, keepdim=True) / counted).sqrt_().to(x.dtype)
     scale = scale.to(torch.bfloat16)
-    positive = _positive_levels(bits, levels)
-    magnitude = x.abs().div_(_divisor(scale))
-    fields = x.signbit().to(torch.uint8).mul_(len(positive))
-    for lower, upper in itertools.pairwise(positive):
-        fields += magnitude > (lower + upper) / 2
+    magnitude = x.abs()
+    fields = x.signbit().to(torch.uint8).mul_(2 ** (bits - 1))
+    for threshold in thresholds_of(bits, levels):
+        fields += magnitude > scale.to(x.dtype) * threshold
     return Codes(scale, pack_codes(fields, bits))
 
 
@@ -75,9 +75,20 @@ def decode(codes: Codes, bits: int, n: int, dtype: torch.dtype, levels: str = "g
     scale, fields = codes
     if bits == 8:
         return fields.to(dtype).mul_(scale.to(dtype))
+    return unpack_codes(fields, n, bits, levels_of(bits, levels), dtype) * scale.to(dtype)
+
+
+@cache
+def levels_of(bits: int, levels: str) -> tuple[float, ...]:
+    """What each code of 1 to 4 bits stands for, in units of the scale: the positive levels, then the negative ones."""
     positive = _positive_levels(bits, levels)
-    values = positive + tuple(-level for level in positive)
-    return unpack_codes(fields, n, bits, values, dtype) * scale.to(dtype)
+    return positive + tuple(-level for level in positive)
+
+
+@cache
+def thresholds_of(bits: int, levels: str) -> tuple[float, ...]:
+    """What lies half way between neighbouring positive levels."""
+    return tuple((lower + upper) / 2 for lower, upper in itertools.pairwise(_positive_levels(bits, levels)))
 
 
 def _positive_levels(bits: int, levels: str) -> tuple[float, ...]:

@@ -20,12 +20,21 @@ def index_coding(n: int, k: int) -> str:
     """
     if k in (0, n):
         return "none"
-    sizes = {
-        "mask": packed_width(n, 1),
-        "positions": k * position_dtype(n).itemsize,
-        "offsets": k + _ends(n) * position_dtype(k + 1).itemsize,
-    }
-    return min(sizes, key=sizes.__getitem__)
+    return min(("mask", "positions", "offsets"), key=lambda coding: index_bytes(n, k, coding))
+
+
+def index_bytes(n: int, k: int, coding: str) -> int:
+    """Bytes that the index of a set takes."""
+    if coding == "mask":
+        return packed_width(n, 1)
+    if coding == "positions":
+        return k * position_dtype(n).itemsize
+    return k + _ends(n) * position_dtype(k + 1).itemsize if coding == "offsets" else 0
+
+
+def index_dtype(n: int, coding: str) -> torch.dtype:
+    """dtype that the index is stored in."""
+    return position_dtype(n) if coding == "positions" else torch.uint8
 
 
 def encode_index(keep: Tensor, positions: Tensor, coding: str) -> Tensor:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .integers import Integers
+
 # Elements that are packed or unpacked at a time: what a slice needs besides (magnitudes, masks, positions: some 30
 # bytes an element) is then bounded, instead of being the peak of a training step. On a CPU it stays near the cache as
 # well; other devices need more work at a time.
@@ -50,6 +52,10 @@ class Layout(ABC):
 
         Of one that is not, these are all rows, and `start` and `stop` must say so.
         """
+
+    def integers(self, parts: Sequence[Tensor]) -> Integers | None:
+        """The tensor as a matrix of integers; None if it is not coded in a way that allows for that."""
+        return None
 
     def unpack(self, parts: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
         """The dense tensor, of `shape`, in `dtype` (default: the one that it had)."""

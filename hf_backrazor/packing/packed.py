@@ -9,8 +9,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .codes import CODE_BITS, Codes, decode, encode
-from .index import encode_index, index_coding, scatter_kept
+from ..kernels import rows as native
+from .bits import code_width
+from .codes import CODE_BITS, Codes, decode, encode, levels_of, thresholds_of
+from .index import encode_index, index_bytes, index_coding, index_dtype, scatter_kept
+from .integers import Integers, Kept, decode_integers
 from .layout import Layout, Packed, row_slices
 from .select import kept_count, topk_mask
 
@@ -123,8 +126,77 @@ class SparseLayout(Layout):
         if (start, stop) != (0, self.matrix[0]):
             part = replace(self, shape=torch.Size((stop - start, self.matrix[1])))
             parts = [x[start:stop] for x in parts]
+        if part._compilable and native.can_unpack(parts[0], self.spec.bits, dtype, self.value_dtype):
+            return part._unpack_natively(parts, dtype, base, means, self.group, start)
         dense = part._unpack(parts, dtype, base)
-        return dense if means is None else dense.add_(_of_rows(means, self.group, start, stop).to(dtype))
+        # Not in place: with all kept, `dense` may be what is stored.
+        return dense if means is None else dense + _of_rows(means, self.group, start, stop).to(dtype)
+
+    def unpack(self, parts: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+        """See `Layout.unpack`."""
+        if self._compilable and native.can_unpack(parts[0], self.spec.bits, dtype or self.dtype, self.value_dtype):
+            return self.unpack_rows(parts, 0, self.matrix[0], dtype or self.dtype).view(self.shape)
+        return super().unpack(parts, dtype)
+
+    def integers(self, parts: Sequence[Tensor]) -> Integers | None:
+        """See `Layout.integers`."""
+        if not 1 <= self.spec.bits <= 4 or self.spec.centred or not self.keeps_floats_by_row:
+            return None
+        scale, fields = parts[-2:]
+        levels = levels_of(self.spec.bits, self.spec.levels)
+        return decode_integers(fields, self.matrix[1], self.spec.bits, levels, scale, self.kept_parts(parts))
+
+    @property
+    def keeps_floats_by_row(self) -> bool:
+        """Whether each row is a set of its own, of which some elements are kept as floats, or none."""
+        some = self.coding != "none" and self.value_dtype != torch.int8
+        return self.by_row and (some or self.kept == 0)
+
+    def kept_parts(self, parts: Sequence[Tensor]) -> Kept | None:
+        """The elements kept exactly, of a layout that `keeps_floats_by_row` and is not centred."""
+        return Kept(parts[0], parts[1], self.coding) if self.kept else None
+
+    @property
+    def _compilable(self) -> bool:
+        """Whether `kernels.rows` knows such layouts: something is selected or coded, and codes go by rows."""
+        selects = self.coding != "none" or (self.kept == 0 and self.spec.bits > 0)
+        return selects and self.set_size > 0 and (self.by_row or not (self.spec.bits or self.spec.centred))
+
+    @property
+    def by_row(self) -> bool:
+        """Whether each row is a set of its own."""
+        return self.sets == self.matrix[0]
+
+    def _unpack_natively(
+        self,
+        parts: Sequence[Tensor],
+        dtype: torch.dtype,
+        base: Tensor | None,
+        means: Tensor | None,
+        group: int,
+        first: int,
+    ) -> Tensor:
+        bits = self.spec.bits
+        values, index = parts[:2] if self.kept else (None, None)
+        scale, fields = parts[-2:] if bits else (None, None)
+        dense = torch.ops.hf_backrazor.unpack(
+            values,
+            None if index is None else index.view(torch.uint8),
+            scale,
+            fields,
+            means,
+            group,
+            first % group,
+            None if bits or base is None else base.reshape(self.sets, self.set_size),
+            self.sets,
+            self.set_size,
+            self.kept,
+            self.coding,
+            bits,
+            levels_of(bits, self.spec.levels) if bits else (),
+            dtype,
+        )
+        return dense.view(self.matrix)
 
     def _unpack(self, parts: Sequence[Tensor], dtype: torch.dtype, base: Tensor | None) -> Tensor:
         remaining = list(parts)
@@ -148,10 +220,16 @@ class SparseLayout(Layout):
         return dense.view(self.matrix)
 
 
-def pack(x: Tensor, spec: PackSpec) -> Packed:
+def pack(x: Tensor, spec: PackSpec, mean: Tensor | None = None, rstd: Tensor | None = None) -> Packed:
     """Pack a floating-point tensor of any shape.
 
     With sparsity 0 and a value dtype that is the tensor's own, the only part is `x` itself, not a copy.
+
+    Args:
+        x: the tensor.
+        spec: how to pack it.
+        mean, rstd: `(*x.shape[:-1], 1)`, in a dtype of at least 32 bits; if given, (x - mean) rstd is packed instead,
+            rounded to the dtype of `x`.
 
     Raises:
         TypeError: `x` is not floating point.
@@ -160,14 +238,18 @@ def pack(x: Tensor, spec: PackSpec) -> Packed:
         raise TypeError(f"pack takes floating-point tensors, got {x.dtype}")
     x = x.detach()
     layout = SparseLayout(x.shape, x.dtype, spec)
+    compilable = layout._compilable and native.can_pack(x, spec.bits, layout.value_dtype)
+    if compilable and layout.by_row:
+        return _pack_natively(x, layout, mean, rstd)
+    if rstd is not None:
+        wide = x.to(rstd.dtype)
+        x = (wide * rstd if mean is None else (wide - mean).mul_(rstd)).to(x.dtype)
+    if compilable:
+        return _pack_natively(x, layout)
     if layout.whole:
         return Packed(layout, (x,))
     matrix = x.reshape(layout.matrix)
-    means: tuple[Tensor, ...] = ()
-    if spec.centred:
-        mean = matrix.view(-1, layout.group, layout.matrix[1]).mean(1)
-        # What is subtracted is what will be added, rounded as it is stored.
-        means = (mean.to(torch.bfloat16) if x.dtype.itemsize > 2 else mean,)
+    means = (_means(x),) if spec.centred else ()
     slices = row_slices(*layout.matrix, x.device) if layout.sliceable else [(0, layout.matrix[0])]
     packed = []
     for start, stop in slices:
@@ -178,6 +260,37 @@ def pack(x: Tensor, spec: PackSpec) -> Packed:
         packed.append(_parts(rows, part))
     parts = packed[0] if len(packed) == 1 else tuple(torch.cat(p) for p in zip(*packed, strict=True))
     return Packed(layout, means + parts)
+
+
+def _pack_natively(x: Tensor, layout: SparseLayout, mean: Tensor | None = None, rstd: Tensor | None = None) -> Packed:
+    spec, n, k = layout.spec, layout.set_size, layout.kept
+    means = (_means(x),) if spec.centred else ()
+    values, index, scale, fields = torch.ops.hf_backrazor.pack(
+        x,
+        mean,
+        rstd,
+        *(means or (None,)),
+        layout.group,
+        n,
+        k,
+        layout.coding,
+        index_bytes(n, k, layout.coding),
+        spec.bits,
+        code_width(n, spec.bits) if spec.bits else 0,
+        spec.levels == "even",
+        thresholds_of(spec.bits, spec.levels) if spec.bits else (),
+        layout.value_dtype,
+    )
+    kept = (values, index.view(index_dtype(n, layout.coding))) if k else ()
+    codes = (scale, fields) if spec.bits else ()
+    return Packed(layout, means + kept + codes)
+
+
+def _means(x: Tensor) -> Tensor:
+    """Means over the second-to-last dimension, `(groups, columns)`, as they are stored."""
+    mean = (x if x.dim() > 1 else x.view(1, -1)).mean(-2).reshape(-1, x.shape[-1] if x.dim() else 1)
+    # What is subtracted is what will be added, rounded as it is stored.
+    return mean.to(torch.bfloat16) if x.dtype.itemsize > 2 else mean
 
 
 def _of_rows(means: Tensor, group: int, start: int, stop: int) -> Tensor:

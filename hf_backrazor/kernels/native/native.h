@@ -1,0 +1,173 @@
+/* Packing primitives for CPUs. Each does what the torch code of `hf_backrazor.packing` does, to the bit for indices,
+ * masks and codes, one row after the other: what a row needs in between stays in the first-level cache.
+ *
+ * Loops are written for the compiler to vectorise. Where the platform can, functions marked CLONED are compiled for
+ * several instruction sets, and the loader takes the best one. What they call is inlined into each. A parallel region
+ * may not stand in a CLONED function: compilers outline its body without the clone's instruction set.
+ */
+#ifndef HF_BACKRAZOR_NATIVE_H
+#define HF_BACKRAZOR_NATIVE_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(_WIN32)
+#define EXPORTED __declspec(dllexport)
+#else
+#define EXPORTED __attribute__((visibility("default")))
+#endif
+
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && defined(__x86_64__) && defined(__gnu_linux__) && \
+    !defined(HF_BACKRAZOR_ONE_TARGET)
+#define CLONED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONED
+#endif
+
+#if defined(__GNUC__)
+#define INLINED static inline __attribute__((always_inline))
+#else
+#define INLINED static inline
+#endif
+
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum { NO_INDEX = 0, MASK = 1, POSITIONS = 2, OFFSETS = 3 };
+enum { DONE = 0, NO_MEMORY = 1 };
+
+/* Places of kept elements within blocks of so many take one byte. */
+#define BLOCK 256
+
+/* As `pack_args` and others are mirrored by ctypes structures, all integers are int64. */
+
+/* Sets of elements to be packed. With codes, sets are rows. */
+typedef struct {
+    const void *x;            /* element (a, b, c, i) at x + a strides[0] + b strides[1] + c strides[2] + i */
+    int64_t x_dtype;          /* FLOAT32 or BFLOAT16 */
+    int64_t sizes[3];
+    int64_t strides[3];
+    int64_t n;                /* elements in a set */
+    const float *mean;        /* a number for each set, subtracted first; or NULL */
+    const float *rstd;        /* a number for each set, multiplied by then; or NULL */
+    const uint16_t *centre;   /* bfloat16 (sets / group, n): subtracted; or NULL */
+    int64_t group;            /* consecutive sets that share a centre */
+    int64_t k;                /* kept exactly, 0 < k < n, or 0 */
+    int64_t coding;           /* of their places */
+    int64_t value_dtype;      /* of kept values */
+    void *values;             /* (sets, k) */
+    uint8_t *index;           /* (sets, index_stride) bytes */
+    int64_t index_stride;
+    int64_t bits;             /* 0 to 4 */
+    int64_t even;             /* evenly spaced levels, scaled by the greatest magnitude; else by the mean square */
+    const float *thresholds;  /* between the positive levels, for a scale of 1: 2^(bits-1) - 1 of them */
+    uint16_t *scale;          /* bfloat16 (sets, 1) */
+    uint8_t *fields;          /* (sets, fields_stride) bytes */
+    int64_t fields_stride;
+    int64_t threads;
+} pack_args;
+
+/* Rows to be unpacked. */
+typedef struct {
+    int64_t rows, n;
+    int64_t bits;             /* 0 to 4 */
+    const float *levels;      /* what each of the 2^bits codes stands for at a scale of 1 */
+    const uint16_t *scale;    /* bfloat16 (rows, 1), or NULL: 1 */
+    const uint8_t *fields;    /* (rows, fields_stride) bytes */
+    int64_t fields_stride;
+    int64_t k, coding, value_dtype;
+    const void *values;
+    const uint8_t *index;
+    int64_t index_stride;
+    const uint16_t *centre;   /* bfloat16, as in pack_args, of the group that row 0 of this call belongs to; or NULL */
+    int64_t group, first;     /* `first`: place of row 0 in its group */
+    int64_t keep_base;        /* with bits = 0: whether `out` holds what elements not kept are, else they are zero */
+    int64_t out_dtype;        /* FLOAT32 or BFLOAT16 */
+    void *out;                /* (rows, n) */
+    int64_t threads;
+} unpack_args;
+
+/* Elements to be sorted into cells of the real line. */
+typedef struct {
+    const void *x;            /* element (row, i) at x + row stride + i */
+    int64_t x_dtype;          /* FLOAT32 or BFLOAT16 */
+    int64_t rows, n, stride;
+    float reach;              /* steps lie evenly between -reach and reach */
+    float steps_per_unit;
+    int64_t bits;             /* 1 to 4 */
+    const uint8_t *starts;    /* the step that each of the 2^bits cells begins with, ascending from 0 */
+    uint8_t *fields;          /* (rows, fields_stride) bytes */
+    int64_t fields_stride;
+    int64_t threads;
+} cells_args;
+
+/* Coded rows to 8-bit integers. */
+typedef struct {
+    int64_t rows, n;
+    int64_t bits;             /* 1 to 4 */
+    const int8_t *table;      /* what each of the 2^bits codes stands for */
+    const uint8_t *fields;    /* (rows, fields_stride) bytes */
+    int64_t fields_stride;
+    int64_t k, coding;        /* kept elements become zero */
+    const uint8_t *index;
+    int64_t index_stride;
+    int8_t *out;              /* (rows, n) */
+    int64_t threads;
+} integers_args;
+
+/* The gradient of a linear layer's output to 8-bit integers, rounded at random to one of the two nearest. */
+typedef struct {
+    const float *grad;        /* (rows, columns) */
+    int64_t rows, columns;
+    const uint16_t *row_scale;/* bfloat16 (rows, 1): multiplied by first; or NULL */
+    uint64_t seed;            /* below 2^32 */
+    int8_t *out;              /* (rows, columns) */
+    float *scale;             /* (columns): what a step of `out` stands for */
+    int64_t threads;
+} round_args;
+
+/* A weight gradient from the product of integers: scaled, with the share of kept elements, gamma and beta. */
+typedef struct {
+    const int32_t *product;   /* (columns, n), or (n, columns) if transposed */
+    const float *scale;       /* (columns) */
+    const float *grad;        /* (rows, columns) */
+    int64_t rows, columns, n;
+    int64_t k, coding, value_dtype;
+    const void *values;
+    const uint8_t *index;
+    int64_t index_stride;
+    const float *gamma;       /* (n), or NULL */
+    const float *beta;        /* (n), or NULL */
+    const float *grad_sum;    /* (columns): the gradient summed over rows; needed for beta */
+    int64_t transposed;
+    float *out;               /* shaped as `product` */
+    int64_t threads;
+} gradient_args;
+
+/* Bytes in which positions up to n - 1 are counted: as `position_dtype` in index.py. */
+INLINED int64_t position_size(int64_t n) { return n <= 256 ? 1 : n <= 32768 ? 2 : 4; }
+
+INLINED uint32_t bits_of(float x) {
+    uint32_t b;
+    memcpy(&b, &x, 4);
+    return b;
+}
+
+INLINED float float_of(uint32_t b) {
+    float x;
+    memcpy(&x, &b, 4);
+    return x;
+}
+
+INLINED float from_bfloat16(uint16_t b) { return float_of((uint32_t)b << 16); }
+
+/* To nearest, ties to even; NaN stays NaN. */
+INLINED uint16_t to_bfloat16(float x) {
+    uint32_t b = bits_of(x);
+    uint32_t rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+    return (uint16_t)((b & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+INLINED int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+#endif

@@ -1,0 +1,285 @@
+"""Rows packed and unpacked in one pass: `torch.ops.hf_backrazor.pack` and `.unpack`, and what they call in the library.
+
+As operators of torch they have names in profiles and traces, and run on fake tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .library import available, check, load, threads_for
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CODINGS = {"none": 0, "mask": 1, "positions": 2, "offsets": 3}
+
+_int, _pointer = ctypes.c_int64, ctypes.c_void_p
+
+
+class _PackArgs(ctypes.Structure):
+    """`pack_args` in native.h."""
+
+    _fields_ = (
+        ("x", _pointer),
+        ("x_dtype", _int),
+        ("sizes", _int * 3),
+        ("strides", _int * 3),
+        ("n", _int),
+        ("mean", _pointer),
+        ("rstd", _pointer),
+        ("centre", _pointer),
+        ("group", _int),
+        ("k", _int),
+        ("coding", _int),
+        ("value_dtype", _int),
+        ("values", _pointer),
+        ("index", _pointer),
+        ("index_stride", _int),
+        ("bits", _int),
+        ("even", _int),
+        ("thresholds", _pointer),
+        ("scale", _pointer),
+        ("fields", _pointer),
+        ("fields_stride", _int),
+        ("threads", _int),
+    )
+
+
+class _UnpackArgs(ctypes.Structure):
+    """`unpack_args` in native.h."""
+
+    _fields_ = (
+        ("rows", _int),
+        ("n", _int),
+        ("bits", _int),
+        ("levels", _pointer),
+        ("scale", _pointer),
+        ("fields", _pointer),
+        ("fields_stride", _int),
+        ("k", _int),
+        ("coding", _int),
+        ("value_dtype", _int),
+        ("values", _pointer),
+        ("index", _pointer),
+        ("index_stride", _int),
+        ("centre", _pointer),
+        ("group", _int),
+        ("first", _int),
+        ("keep_base", _int),
+        ("out_dtype", _int),
+        ("out", _pointer),
+        ("threads", _int),
+    )
+
+
+@torch.compiler.assume_constant_result
+def handles(bits: int, *dtypes: torch.dtype) -> bool:
+    """Whether the library is there and knows codes of so many bits, and tensors and kept values of these dtypes."""
+    if not (bits <= 4 and all(dtype in DTYPES for dtype in dtypes) and available()):
+        return False
+    return torch.float16 not in dtypes or bool(load().hf_backrazor_has_float16())
+
+
+def can_pack(x: Tensor, bits: int, value_dtype: torch.dtype) -> bool:
+    """Whether `pack` takes such a tensor."""
+    return can_unpack(x, bits, x.dtype, value_dtype) and x.numel() > 0
+
+
+def can_unpack(part: Tensor, bits: int, dtype: torch.dtype, value_dtype: torch.dtype) -> bool:
+    """Whether `unpack` gives this dtype from such parts."""
+    return part.device.type == "cpu" and dtype != torch.float16 and handles(bits, dtype, value_dtype)
+
+
+def pack(
+    x: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    centre: Tensor | None,
+    group: int,
+    n: int,
+    k: int,
+    coding: str,
+    index_bytes: int,
+    bits: int,
+    code_bytes: int,
+    even: bool,
+    thresholds: Sequence[float],
+    value_dtype: torch.dtype,
+) -> list[Tensor]:
+    """Keep the `k` greatest magnitudes of each set, and code the rest; all in one pass.
+
+    Args:
+        x: float32 or bfloat16, seen as sets of `n` consecutive elements; with codes, a set is a row.
+        mean, rstd: float32, a number for each set: (x - mean) rstd is packed. Or None.
+        centre: bfloat16 `(sets / group, n)`: subtracted. Or None.
+        group: consecutive sets that share a centre.
+        n: elements in a set.
+        k: how many are kept, below `n`.
+        coding: of their places (see `packing.index`).
+        index_bytes: bytes of a set's index.
+        bits: of the codes, 0 to 4.
+        code_bytes: bytes of a set's codes.
+        even: whether levels are even, and scale with the greatest magnitude; else with the root mean square.
+        thresholds: between the positive levels.
+        value_dtype: of kept values.
+
+    Returns:
+        Kept values `(sets, k)`, index uint8 `(sets, index_bytes)`, scale bfloat16 `(sets, 1)`, codes uint8 `(sets,
+        code_bytes)`; without elements where nothing is kept, or nothing coded.
+    """
+    parts = _new_parts(x, n, k, index_bytes, bits, code_bytes, value_dtype)
+    values, index, scale, fields = parts
+    if (layout := _set_strides(x, n)) is None:
+        x = x.contiguous()
+        layout = _set_strides(x, n)
+    sizes, strides = layout
+    mean, rstd, centre = (None if t is None else t.contiguous() for t in (mean, rstd, centre))
+    table = (ctypes.c_float * max(1, len(thresholds)))(*thresholds)
+    arguments = _PackArgs(
+        x=x.data_ptr(),
+        x_dtype=DTYPES[x.dtype],
+        sizes=(_int * 3)(*sizes),
+        strides=(_int * 3)(*strides),
+        n=n,
+        mean=address(mean),
+        rstd=address(rstd),
+        centre=address(centre),
+        group=group,
+        k=k,
+        coding=CODINGS[coding],
+        value_dtype=DTYPES[value_dtype],
+        values=values.data_ptr(),
+        index=index.data_ptr(),
+        index_stride=index_bytes,
+        bits=bits,
+        even=even,
+        thresholds=ctypes.addressof(table),
+        scale=scale.data_ptr(),
+        fields=fields.data_ptr(),
+        fields_stride=code_bytes,
+        threads=threads_for(x.numel()),
+    )
+    check(load().hf_backrazor_pack(ctypes.byref(arguments)))
+    return parts
+
+
+def _fake_pack(
+    x: Tensor, mean, rstd, centre, group, n, k, coding, index_bytes, bits, code_bytes, even, thresholds, value_dtype
+) -> list[Tensor]:
+    return _new_parts(x, n, k, index_bytes, bits, code_bytes, value_dtype)
+
+
+def _new_parts(
+    x: Tensor, n: int, k: int, index_bytes: int, bits: int, code_bytes: int, value_dtype: torch.dtype
+) -> list[Tensor]:
+    sets = x.numel() // n
+    return [
+        x.new_empty((sets, k), dtype=value_dtype),
+        x.new_empty((sets, index_bytes if k else 0), dtype=torch.uint8),
+        x.new_empty((sets, 1 if bits else 0), dtype=torch.bfloat16),
+        x.new_empty((sets, code_bytes if bits else 0), dtype=torch.uint8),
+    ]
+
+
+def _set_strides(x: Tensor, n: int) -> tuple[list[int], list[int]] | None:
+    """Sizes and strides of three dimensions that run over the sets of `n` elements of `x`; None if there are none."""
+    if x.is_contiguous():
+        return [1, 1, x.numel() // n], [0, 0, n]
+    if x.dim() > 4 or x.shape[-1] != n or x.stride(-1) != 1:
+        return None
+    missing = 4 - x.dim()
+    return [1] * missing + list(x.shape[:-1]), [0] * missing + list(x.stride()[:-1])
+
+
+def unpack(
+    values: Tensor | None,
+    index: Tensor | None,
+    scale: Tensor | None,
+    fields: Tensor | None,
+    centre: Tensor | None,
+    group: int,
+    first: int,
+    base: Tensor | None,
+    rows: int,
+    n: int,
+    k: int,
+    coding: str,
+    bits: int,
+    levels: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows that `pack` packed.
+
+    Args:
+        values, index, scale, fields: what `pack` returned, or rows of it; None where it has no elements. Without a
+            scale, it is 1.
+        centre, group: as for `pack`.
+        first: the place of the first row among the sets that `centre` is for.
+        base: `(rows, n)` in `dtype`: what elements stand for that are neither kept nor coded. None: zero.
+        rows, n: of the result.
+        k, coding, bits: as for `pack`.
+        levels: what each code stands for at a scale of 1.
+        dtype: float32 or bfloat16.
+
+    Returns:
+        `(rows, n)` in `dtype`.
+    """
+    source = next(part for part in (values, fields, base) if part is not None)
+    out = source.new_empty((rows, n), dtype=dtype) if base is None else base.clone()
+    values, index, scale, fields, centre = (
+        None if t is None else t.contiguous() for t in (values, index, scale, fields, centre)
+    )
+    table = (ctypes.c_float * 16)(*levels)
+    arguments = _UnpackArgs(
+        rows=rows,
+        n=n,
+        bits=bits,
+        levels=ctypes.addressof(table),
+        scale=address(scale),
+        fields=address(fields),
+        fields_stride=0 if fields is None else fields.shape[-1],
+        k=k,
+        coding=CODINGS[coding],
+        value_dtype=0 if values is None else DTYPES[values.dtype],
+        values=address(values),
+        index=address(index),
+        index_stride=0 if index is None else index.shape[-1],
+        centre=address(centre),
+        group=group,
+        first=first,
+        keep_base=base is not None,
+        out_dtype=DTYPES[dtype],
+        out=out.data_ptr(),
+        threads=threads_for(out.numel()),
+    )
+    check(load().hf_backrazor_unpack(ctypes.byref(arguments)))
+    return out
+
+
+def _fake_unpack(
+    values, index, scale, fields, centre, group, first, base, rows, n, k, coding, bits, levels, dtype
+) -> Tensor:
+    source = next(part for part in (values, fields, base) if part is not None)
+    return source.new_empty((rows, n), dtype=dtype)
+
+
+def address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+_operators = torch.library.Library("hf_backrazor", "FRAGMENT")
+_operators.define(
+    "pack(Tensor x, Tensor? mean, Tensor? rstd, Tensor? centre, int group, int n, int k, str coding, int index_bytes, "
+    "int bits, int code_bytes, bool even, float[] thresholds, ScalarType value_dtype) -> Tensor[]"
+)
+_operators.define(
+    "unpack(Tensor? values, Tensor? index, Tensor? scale, Tensor? fields, Tensor? centre, int group, int first, "
+    "Tensor? base, int rows, int n, int k, str coding, int bits, float[] levels, ScalarType dtype) -> Tensor"
+)
+_operators.impl("pack", pack, "CPU")
+_operators.impl("unpack", unpack, "CPU")
+torch.library.register_fake("hf_backrazor::pack", _fake_pack)
+torch.library.register_fake("hf_backrazor::unpack", _fake_unpack)

@@ -1,0 +1,164 @@
+"""Weight gradients computed from the codes themselves.
+
+dW = dY^T x. With codes c of x, one scale s for each row, and the exact elements e, x = s c + e, so dW = (dY s)^T c +
+dY^T e. The codes' levels are small integers already, up to a common factor. dY s is rounded to 8 bits, at random to
+one of the two nearest integers, so that its mean is exact; each output column has a scale of its own. Then the first
+term is a product of integers, which processors have faster instructions for. The second is sparse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels import gradient as _  # noqa: F401  registers the operators
+from ..kernels import rows as native
+from .bits import unpack_codes
+from .index import scatter_kept
+
+
+def fast_with_integers(grad: Tensor, n: int) -> bool:
+    """Whether the device multiplies 8-bit integers fast, and matrices of such sizes.
+
+    Args:
+        grad: dY, `(rows, columns)`.
+        n: columns of x.
+    """
+    if min(*grad.shape, n) < 16:
+        return False
+    if grad.device.type == "cpu":
+        return torch.cpu._is_vnni_supported()
+    if grad.device.type == "cuda":
+        # What `torch._int_mm` asks of a CUDA device.
+        return not torch.version.hip and grad.shape[0] % 8 == 0 and grad.shape[1] % 8 == 0 and n % 8 == 0
+    return False
+
+
+class Kept(NamedTuple):
+    """The elements of a matrix that are kept exactly: `(rows, k)` values, their index and its coding."""
+
+    values: Tensor
+    index: Tensor
+    coding: str
+
+
+class Integers(NamedTuple):
+    """A matrix as unit * row_scale * codes + what is kept exactly.
+
+    Attributes:
+        codes: int8 `(rows, n)`, zero where an element is kept.
+        unit: a number.
+        row_scale: bfloat16 `(rows, 1)`, or None: 1.
+        kept: or None.
+    """
+
+    codes: Tensor
+    unit: float
+    row_scale: Tensor | None
+    kept: Kept | None
+
+
+def decode_integers(
+    fields: Tensor, n: int, bits: int, levels: Sequence[float], row_scale: Tensor | None, kept: Kept | None
+) -> Integers:
+    """Read codes as integers, their `levels` rounded to 127ths of the greatest.
+
+    Args:
+        fields: uint8 `(rows, code_width(n, bits))`.
+        n: elements in a row.
+        bits: 1 to 4.
+        levels: what each code stands for.
+        row_scale: see `Integers`.
+        kept: see `Integers`.
+    """
+    unit = max(map(abs, levels)) / 127
+    table = tuple(round(level / unit) for level in levels)
+    if native.can_unpack(fields, bits, torch.float32, torch.float32 if kept is None else kept.values.dtype):
+        index, k, coding = (None, 0, "none") if kept is None else (_bytes(kept), kept.values.shape[-1], kept.coding)
+        codes = torch.ops.hf_backrazor.integers(fields, index, n, k, coding, bits, table)
+    else:
+        codes = unpack_codes(fields, n, bits, table, torch.int8).contiguous()
+        if kept is not None:
+            zeros = torch.zeros(kept.values.shape, dtype=torch.int8, device=codes.device)
+            codes = scatter_kept(codes, kept.index, zeros, kept.coding)
+    return Integers(codes, unit, row_scale, kept)
+
+
+def weight_gradient(
+    grad: Tensor,
+    x: Integers,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    transposed: bool,
+    seed: int,
+) -> Tensor:
+    """dY^T (gamma x + beta), the first term of it by integers.
+
+    Args:
+        grad: dY, float32 `(rows, columns)`.
+        x: of `(rows, n)`.
+        gamma, beta: `(n,)`, or None: 1, 0.
+        transposed: return the transpose.
+        seed: of the rounding, below 2^32.
+
+    Returns:
+        float32 `(columns, n)`; `(n, columns)` if `transposed`.
+    """
+    compiled = native.can_unpack(grad, 0, torch.float32, torch.float32 if x.kept is None else x.kept.values.dtype)
+    rounded, scale = (torch.ops.hf_backrazor.round_gradient if compiled else round_gradient)(grad, x.row_scale, seed)
+    scale *= x.unit
+    # Of matrices with a single row or column torch 2.13 computes wrong products; `fast_with_integers` rules them out.
+    product = torch._int_mm(x.codes.t(), rounded) if transposed else torch._int_mm(rounded.t(), x.codes)
+    gamma = None if gamma is None else gamma.float()
+    beta = None if beta is None else beta.float()
+    grad_sum = None if beta is None else grad.sum(0)
+    if compiled:
+        values, index, k, coding = (None, None, 0, "none")
+        if x.kept is not None:
+            values, index, k, coding = x.kept.values, _bytes(x.kept), x.kept.values.shape[-1], x.kept.coding
+        return torch.ops.hf_backrazor.finish_gradient(
+            product, scale, grad, values, index, k, coding, gamma, beta, grad_sum, transposed
+        )
+    by_column = product.t() if transposed else product
+    out = by_column * scale.unsqueeze(-1)
+    if x.kept is not None:
+        zeros = torch.zeros(x.codes.shape, dtype=grad.dtype, device=grad.device)
+        out += grad.t() @ scatter_kept(zeros, x.kept.index, x.kept.values.to(grad.dtype), x.kept.coding)
+    out = out if gamma is None else out.mul_(gamma)
+    out = out if beta is None else out.addr_(grad_sum, beta)
+    return out.t().contiguous() if transposed else out
+
+
+def round_gradient(grad: Tensor, row_scale: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:
+    """See `kernels.gradient.round_gradient`."""
+    scaled = grad if row_scale is None else grad * row_scale.to(grad.dtype)
+    greatest = scaled.abs().amax(0)
+    # A division, where `127 / greatest` would multiply by the reciprocal.
+    factor = torch.where(greatest == 0, 0, torch.div(greatest.new_full((), 127), greatest))
+    place = torch.arange(grad.numel(), dtype=torch.int64, device=grad.device).view(grad.shape)
+    noise = (_scramble((place & _WORD) ^ seed) >> 8).float() * 2.0**-24
+    up = scaled * factor + noise + 128
+    up = torch.where(up > 1, up, 1).clamp_(max=255)
+    return (up.to(torch.int32) - 128).to(torch.int8), greatest / 127
+
+
+_WORD = 2**32 - 1
+
+
+def _scramble(x: Tensor) -> Tensor:
+    """Equally distributed 32-bit numbers from different ones, all in int64.
+
+    C. Wellons, "Prospecting for Hash Functions", 2018: the function he calls lowbias32.
+    """
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & _WORD
+    x ^= x >> 15
+    x = (x * 0x846CA68B) & _WORD
+    return x ^ (x >> 16)
+
+
+def _bytes(kept: Kept) -> Tensor:
+    return kept.index.view(torch.uint8)

@@ -1,0 +1,237 @@
+"""The compiled primitives do what the torch code does: to the bit for what is stored, with any number of threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_backrazor.functional.activation import GELU, SILU, cell_tables
+from hf_backrazor.functional.layouts import CellLayout, CorrectedLayout
+from hf_backrazor.kernels.library import load, torch_only
+from hf_backrazor.packing import Packed, PackSpec, decode_cells, encode_cells, pack, weight_gradient
+from hf_backrazor.packing.integers import round_gradient
+
+pytestmark = pytest.mark.skipif(load() is None, reason="nothing was compiled here")
+
+
+def test_the_library_was_compiled() -> None:
+    """Where a C compiler is, this must not be skipped: CI has one."""
+    assert load() is not None
+
+
+specs = st.builds(
+    PackSpec,
+    sparsity=st.sampled_from([0.3, 0.9, 0.97, 0.99, 1.0]),
+    granularity=st.sampled_from(["row", "sample", "tensor"]),
+    bits=st.sampled_from([0, 1, 2, 3, 4]),
+    value_dtype=st.sampled_from(["auto", "float32", "float16"]),
+    levels=st.sampled_from(["gaussian", "even"]),
+    centred=st.booleans(),
+)
+shapes = st.one_of(
+    st.tuples(st.integers(1, 9), st.integers(1, 700)),
+    st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 130)),
+    st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 4), st.sampled_from([1, 63, 64, 65, 257, 1500])),
+)
+kinds = st.sampled_from(["normal", "tied", "zero", "sparse", "wild"])
+
+
+def make(kind: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    if kind == "tied":
+        x = x.mul(2).round()
+    elif kind == "zero":
+        x = torch.zeros(shape)
+    elif kind == "sparse":
+        x = x * (torch.rand(shape, generator=generator) < 0.02)
+    elif kind == "wild":
+        x = x * 10 ** torch.empty(shape).uniform_(-30, 30, generator=generator)
+        odd = torch.tensor([torch.nan, -torch.nan, torch.inf, -torch.inf, -0.0, 1e-42, 3e38])
+        place = torch.rand(shape, generator=generator) < 0.03
+        x = torch.where(place, odd[torch.randint(0, 7, shape, generator=generator)], x)
+    return x.to(dtype)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal to the bit, but for which NaN a NaN is."""
+    if a.is_floating_point():
+        return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+    return torch.equal(a, b)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    spec=specs,
+    shape=shapes,
+    kind=kinds,
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_packs_the_same_bits_and_unpacks_the_same_values(spec, shape, kind, dtype, seed) -> None:
+    # Which of several NaNs a difference takes its payload from is left to the compiler.
+    x = make("tied" if spec.centred and kind == "wild" else kind, shape, dtype, seed)
+    packed = pack(x, spec)
+    with torch_only():
+        reference = pack(x, spec)
+        expected = reference.unpack()
+    assert len(packed.parts) == len(reference.parts)
+    for part, other in zip(packed.parts, reference.parts, strict=True):
+        assert part.dtype == other.dtype
+        assert part.shape == other.shape
+        assert same_bits(part, other)
+    restored = packed.unpack()
+    if dtype == torch.float32:
+        assert same_bits(restored, expected)
+    else:
+        # The torch code rounds to bfloat16 in between.
+        atol = 0.01 * expected.nan_to_num(0, 0, 0).abs().max().item()
+        torch.testing.assert_close(restored, expected, rtol=0.02, atol=atol, equal_nan=True)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (3, 2, 1, 0)])
+def test_views_are_packed_like_copies(order: tuple[int, ...]) -> None:
+    x = torch.randn(3, 5, 7, 64).permute(order)
+    spec = PackSpec(0.95, bits=4, levels="even", centred=True)
+    view, copy = pack(x, spec), pack(x.contiguous(), spec)
+    assert all(map(torch.equal, view.parts[1:], copy.parts[1:]))
+    torch.testing.assert_close(view.unpack(), copy.unpack())
+
+
+@pytest.mark.parametrize("spec", [PackSpec(0.99, bits=3), PackSpec(0.9, "sample"), PackSpec(0.9, bits=4, centred=True)])
+def test_threads_change_nothing(spec: PackSpec) -> None:
+    x = torch.randn(6, 400, 193)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            packed = pack(x, spec)
+            results.append((*packed.parts, packed.unpack()))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("centred", [True, False])
+def test_normalises_while_it_packs(dtype: torch.dtype, centred: bool) -> None:
+    x = (torch.randn(4, 9, 200) * 3 + 1).to(dtype)
+    mean = x.float().mean(-1, keepdim=True) if centred else None
+    rstd = x.float().var(-1, keepdim=True).rsqrt()
+    spec = PackSpec(0.97, bits=3)
+    packed = pack(x, spec, mean, rstd)
+    with torch_only():
+        reference = pack(x, spec, mean, rstd)
+    assert all(map(same_bits, packed.parts, reference.parts))
+
+
+@pytest.mark.parametrize("spec", [PackSpec(0.99, bits=3), PackSpec(0.8, "sample"), PackSpec(1.0, bits=4, centred=True)])
+def test_operators_meet_what_torch_asks_of_them(spec: PackSpec) -> None:
+    calls = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "hf_backrazor":
+                calls.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(4, 10, 300)
+    with Record():
+        pack(x, spec).unpack()
+    assert {func._opname for func, _ in calls} == {"pack", "unpack"}
+    for func, args in calls:
+        torch.library.opcheck(func, args)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    bits=st.sampled_from([2, 3, 4]),
+    rule=st.sampled_from([GELU, SILU]),
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 700)),
+    kind=kinds,
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_sorts_into_the_same_cells(bits, rule, shape, kind, dtype, seed) -> None:
+    x = make(kind, shape, dtype, seed).nan_to_num_(0.5)
+    cells, derivatives, _ = cell_tables(rule, bits)
+    codes = encode_cells(x, cells)
+    values = decode_cells(codes, shape[1], cells, derivatives, dtype)
+    with torch_only():
+        assert torch.equal(codes, encode_cells(x, cells))
+        assert torch.equal(values, decode_cells(codes, shape[1], cells, derivatives, dtype))
+
+
+def linear_input(shape: tuple[int, int], coding: str, k_from: float, bits: int, seed: int) -> Packed:
+    """A packed matrix as linear layers read it: with codes of its own, or those of an activation function's input."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    if coding == "rows":
+        return pack(x, PackSpec(k_from, bits=bits))
+    cells, _, values = cell_tables(GELU, max(2, bits))
+    base = Packed(CellLayout(x.shape, x.dtype, cells, values), (encode_cells(x, cells),))
+    exact = pack(torch.nn.functional.gelu(x), PackSpec(k_from))
+    return Packed(CorrectedLayout(base.layout, 1, exact.layout), base.parts + exact.parts)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 70), st.integers(2, 400)),
+    columns=st.integers(2, 300),
+    coding=st.sampled_from(["rows", "cells"]),
+    sparsity=st.sampled_from([0.7, 0.9, 0.99]),
+    bits=st.sampled_from([1, 2, 3, 4]),
+    transposed=st.booleans(),
+    affine=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_weight_gradient_is_the_torch_codes(shape, columns, coding, sparsity, bits, transposed, affine, seed) -> None:
+    packed = linear_input(shape, coding, sparsity, bits, seed % 100)
+    generator = torch.Generator().manual_seed(seed % 1000)
+    grad = torch.randn(shape[0], columns, generator=generator) * torch.logspace(-3, 3, columns)
+    gamma, beta = torch.randn(2, shape[1], generator=generator) if affine else (None, None)
+    integers = packed.layout.integers(packed.parts)
+    found = weight_gradient(grad, integers, gamma, beta, transposed, seed)
+    rounded, scale = torch.ops.hf_backrazor.round_gradient(grad, integers.row_scale, seed)
+    with torch_only():
+        reference = packed.layout.integers(packed.parts)
+        assert torch.equal(integers.codes, reference.codes)
+        assert torch.equal(rounded, round_gradient(grad, integers.row_scale, seed)[0])
+        expected = weight_gradient(grad, reference, gamma, beta, transposed, seed)
+    by_column = (found - expected).abs().amax(0 if transposed else 1)
+    assert (by_column <= 1e-4 * scale * 127 * shape[0] + 1e-30).all()
+
+
+def test_rounding_is_right_in_the_mean() -> None:
+    grad = torch.randn(40, 30)
+    total = torch.zeros_like(grad)
+    for seed in range(400):
+        rounded, scale = torch.ops.hf_backrazor.round_gradient(grad, None, seed * 7919)
+        assert ((rounded * scale - grad).abs() <= scale * 1.01).all()
+        total += rounded * scale
+    # The mean of 400 roundings has a standard deviation of at most half a step over 20.
+    assert ((total / 400 - grad).abs() < 5 * scale * 0.5 / 20 + 1e-6).all()
+
+
+@pytest.mark.parametrize("coding", ["rows", "cells"])
+def test_weight_gradient_by_integers_is_near_the_one_by_floats(coding: str) -> None:
+    packed = linear_input((512, 300), coding, 0.99, 3, 0)
+    grad = torch.randn(512, 200)
+    grad[:, 3] = 0
+    dense = grad.t() @ packed.unpack()
+    found = weight_gradient(grad, packed.layout.integers(packed.parts), None, None, False, 1)
+    assert torch.nn.functional.cosine_similarity(found.flatten(), dense.flatten(), 0) > 0.999
+    assert found[3].eq(0).all()
+
+
+def test_a_gradient_that_is_not_finite_shows_in_its_column_alone() -> None:
+    packed = linear_input((64, 100), "rows", 0.99, 3, 0)
+    for odd in (torch.nan, torch.inf):
+        grad = torch.randn(64, 20)
+        grad[5, 7] = odd
+        found = weight_gradient(grad, packed.layout.integers(packed.parts), None, None, False, 1)
+        assert found[7].isfinite().sum() == 0
+        assert found[[i for i in range(20) if i != 7]].isfinite().all()
