@@ -570,7 +570,7 @@ def test_weight_gradients_by_integers_replace_those_by_floats(name: str, monkeyp
     for key, grad in found.items():
         assert torch.equal(grad, again[key])  # a seed fixes the rounding
         changed += not torch.equal(grad, expected[key])
-        torch.testing.assert_close(grad, expected[key], rtol=0, atol=max(1e-6, 0.05 * expected[key].abs().max()))
+        assert (grad - expected[key]).norm() <= 0.15 * expected[key].norm() + 1e-6, key
     assert changed >= 4
     assert any(not torch.equal(grad, other[key]) for key, grad in found.items())
 
