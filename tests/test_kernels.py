@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from hf_backrazor.functional.activation import GELU, SILU, cell_tables
 from hf_backrazor.functional.layouts import CellLayout, CorrectedLayout
 from hf_backrazor.kernels.library import load, torch_only
-from hf_backrazor.packing import Packed, PackSpec, decode_cells, encode_cells, pack, weight_gradient
+from hf_backrazor.packing import (
+    Packed,
+    PackSpec,
+    decode_cells,
+    encode_cells,
+    pack,
+    packed_norm_gradients,
+    weight_gradient,
+)
 from hf_backrazor.packing.integers import round_gradient
 
 pytestmark = pytest.mark.skipif(load() is None, reason="nothing was compiled here")
@@ -235,3 +243,24 @@ def test_a_gradient_that_is_not_finite_shows_in_its_column_alone() -> None:
         found = weight_gradient(grad, packed.layout.integers(packed.parts), None, None, False, 1)
         assert found[7].isfinite().sum() == 0
         assert found[[i for i in range(20) if i != 7]].isfinite().all()
+
+
+@pytest.mark.parametrize("spec", [PackSpec(0.99, bits=3), PackSpec(0.9), PackSpec(1.0, bits=2)])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("centred", [True, False])
+def test_gradients_of_norms_are_the_torch_codes(spec: PackSpec, affine: bool, centred: bool) -> None:
+    x_hat, grad = torch.randn(3, 70, 203), torch.randn(210, 203)
+    rstd, gamma = torch.rand(210, 1) + 0.5, torch.randn(203) if affine else None
+    packed = pack(x_hat, spec)
+    arguments = (grad, packed.layout, packed.parts, rstd, gamma, centred)
+    found = packed_norm_gradients(*arguments)
+    with torch_only():
+        expected = packed_norm_gradients(*arguments)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads % 2 + 1)
+        assert all(map(torch.equal, found, packed_norm_gradients(*arguments)))
+    finally:
+        torch.set_num_threads(threads)

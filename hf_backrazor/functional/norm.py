@@ -1,19 +1,18 @@
 """LayerNorm and RMSNorm: the normalised output (or, as in the paper, the input) packed; dbeta exact.
 
-With x_hat the normalised input, g = gamma * dY and means over the normalised dimensions:
-dX = rstd (g - mean(g) - x_hat mean(g x_hat)), without mean(g) for RMSNorm; dgamma = sum(dY x_hat); dbeta = sum(dY).
-(J. L. Ba et al., "Layer Normalization", 2016; B. Zhang and R. Sennrich, "Root Mean Square Layer Normalization", 2019.)
+For the formulas see `packing.normalised`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ..packing import Packed, PackSpec, SparseLayout, pack
+from ..packing import Packed, PackSpec, SparseLayout, norm_gradients, pack, packed_norm_gradients
 from .layouts import AffineLayout
 from .precision import accumulate_dtype
 from .sharing import note_origin, pack_shared
@@ -129,23 +128,20 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad_output: Tensor | None, *_parts: None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return (None,) * 7
-        dims = tuple(range(-len(ctx.normalized_shape), 0))
+        weight, rstd, *parts = ctx.saved_tensors
+        size = prod(ctx.normalized_shape)
+        grad_rows, rstd = grad_output.to(rstd.dtype).reshape(-1, size), rstd.view(-1, 1)
+        gamma = None if weight is None else weight.to(rstd.dtype).view(size)
         if ctx.from_input:
-            weight, rstd, mean, *parts = ctx.saved_tensors
-            x_hat = (ctx.layout.unpack(parts, rstd.dtype) - mean) * rstd
+            mean, *parts = parts
+            x_hat = (ctx.layout.unpack(parts, rstd.dtype).view(-1, size) - mean.view(-1, 1)) * rstd
+            grads = norm_gradients(grad_rows, x_hat, rstd, gamma, centred=True)
         else:
-            weight, rstd, *parts = ctx.saved_tensors
-            x_hat = ctx.layout.unpack(parts, rstd.dtype)
-        grad_output = grad_output.to(rstd.dtype)
-        leading = tuple(range(grad_output.dim() - len(dims)))
-        grad_input = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[2]:
-            grad_bias = _sum(grad_output, leading).to(ctx.bias_dtype)
-        if ctx.needs_input_grad[1]:
-            grad_weight = _sum(grad_output * x_hat, leading).to(weight.dtype)
-        if ctx.needs_input_grad[0]:
-            gamma = None if weight is None else weight.to(rstd.dtype)
-            grad_input = _grad_input(grad_output, x_hat, rstd, gamma, dims, centred=True).to(ctx.input_dtype)
+            grads = packed_norm_gradients(grad_rows, ctx.layout, parts, rstd, gamma, centred=True)
+        grad_input, grad_weight, grad_bias = grads
+        grad_input = grad_input.view(grad_output.shape).to(ctx.input_dtype)
+        grad_weight = grad_weight.view(weight.shape).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        grad_bias = grad_bias.view(ctx.normalized_shape).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         return grad_input, grad_weight, grad_bias, None, None, None, None
 
 
@@ -183,30 +179,14 @@ class _RMSNorm(torch.autograd.Function):
         if grad_output is None:
             return (None,) * 7
         weight, rstd, *parts = ctx.saved_tensors
-        x_hat = ctx.layout.unpack(parts, rstd.dtype)
+        size = grad_output.shape[-1]
+        grad_rows, rstd = grad_output.to(rstd.dtype).reshape(-1, size), rstd.view(-1, 1)
+        gamma = None if weight is None else weight.to(rstd.dtype) + ctx.offset
         if ctx.from_input:
-            x_hat = x_hat * rstd
-        grad_output = grad_output.to(rstd.dtype)
-        grad_input = grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = _sum(grad_output * x_hat, tuple(range(grad_output.dim() - 1))).to(weight.dtype)
-        if ctx.needs_input_grad[0]:
-            gamma = None if weight is None else weight.to(rstd.dtype) + ctx.offset
-            grad_input = _grad_input(grad_output, x_hat, rstd, gamma, (-1,), centred=False).to(ctx.input_dtype)
+            x_hat = ctx.layout.unpack(parts, rstd.dtype).view(-1, size) * rstd
+            grads = norm_gradients(grad_rows, x_hat, rstd, gamma, centred=False)
+        else:
+            grads = packed_norm_gradients(grad_rows, ctx.layout, parts, rstd, gamma, centred=False)
+        grad_input = grads[0].view(grad_output.shape).to(ctx.input_dtype)
+        grad_weight = grads[1].to(weight.dtype) if ctx.needs_input_grad[1] else None
         return grad_input, grad_weight, None, None, None, None, None
-
-
-def _sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Sum over `dims`; `Tensor.sum(())` would sum over all."""
-    return x.sum(dims) if dims else x
-
-
-def _grad_input(
-    grad_output: Tensor, x_hat: Tensor, rstd: Tensor, gamma: Tensor | None, dims: tuple[int, ...], centred: bool
-) -> Tensor:
-    g = grad_output if gamma is None else grad_output * gamma
-    projection = (g * x_hat).mean(dims, keepdim=True)
-    grad_input = g - x_hat * projection
-    if centred:
-        grad_input -= g.mean(dims, keepdim=True)
-    return grad_input.mul_(rstd)

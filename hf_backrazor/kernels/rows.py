@@ -48,7 +48,7 @@ class _PackArgs(ctypes.Structure):
     )
 
 
-class _UnpackArgs(ctypes.Structure):
+class UnpackArgs(ctypes.Structure):
     """`unpack_args` in native.h."""
 
     _fields_ = (
@@ -229,11 +229,38 @@ def unpack(
     """
     source = next(part for part in (values, fields, base) if part is not None)
     out = source.new_empty((rows, n), dtype=dtype) if base is None else base.clone()
+    arguments, _used = unpack_arguments(
+        values, index, scale, fields, centre, group, first, rows, n, k, coding, bits, levels
+    )
+    arguments.keep_base = base is not None
+    arguments.out_dtype = DTYPES[dtype]
+    arguments.out = out.data_ptr()
+    arguments.threads = threads_for(out.numel())
+    check(load().hf_backrazor_unpack(ctypes.byref(arguments)))
+    return out
+
+
+def unpack_arguments(
+    values: Tensor | None,
+    index: Tensor | None,
+    scale: Tensor | None,
+    fields: Tensor | None,
+    centre: Tensor | None,
+    group: int,
+    first: int,
+    rows: int,
+    n: int,
+    k: int,
+    coding: str,
+    bits: int,
+    levels: Sequence[float],
+) -> tuple[UnpackArgs, object]:
+    """What says how rows are read (see `unpack`), and what has to live while it is used."""
     values, index, scale, fields, centre = (
         None if t is None else t.contiguous() for t in (values, index, scale, fields, centre)
     )
     table = (ctypes.c_float * 16)(*levels)
-    arguments = _UnpackArgs(
+    arguments = UnpackArgs(
         rows=rows,
         n=n,
         bits=bits,
@@ -250,13 +277,8 @@ def unpack(
         centre=address(centre),
         group=group,
         first=first,
-        keep_base=base is not None,
-        out_dtype=DTYPES[dtype],
-        out=out.data_ptr(),
-        threads=threads_for(out.numel()),
     )
-    check(load().hf_backrazor_unpack(ctypes.byref(arguments)))
-    return out
+    return arguments, (values, index, scale, fields, centre, table)
 
 
 def _fake_unpack(

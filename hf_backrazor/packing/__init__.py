@@ -6,6 +6,7 @@ from .codes import CODE_BITS, Codes, decode, encode
 from .index import index_coding
 from .integers import Integers, Kept, decode_integers, fast_with_integers, weight_gradient
 from .layout import Layout, Packed
+from .normalised import norm_gradients, packed_norm_gradients
 from .packed import PackSpec, SparseLayout, pack
 from .select import kept_count, topk_mask
 
@@ -27,8 +28,10 @@ __all__ = [
     "fast_with_integers",
     "index_coding",
     "kept_count",
+    "norm_gradients",
     "pack",
     "pack_bits",
+    "packed_norm_gradients",
     "topk_mask",
     "unpack_bits",
     "weight_gradient",

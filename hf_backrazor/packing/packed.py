@@ -126,7 +126,7 @@ class SparseLayout(Layout):
         if (start, stop) != (0, self.matrix[0]):
             part = replace(self, shape=torch.Size((stop - start, self.matrix[1])))
             parts = [x[start:stop] for x in parts]
-        if part._compilable and native.can_unpack(parts[0], self.spec.bits, dtype, self.value_dtype):
+        if part.is_compiled(parts, dtype):
             return part._unpack_natively(parts, dtype, base, means, self.group, start)
         dense = part._unpack(parts, dtype, base)
         # Not in place: with all kept, `dense` may be what is stored.
@@ -134,7 +134,7 @@ class SparseLayout(Layout):
 
     def unpack(self, parts: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
         """See `Layout.unpack`."""
-        if self._compilable and native.can_unpack(parts[0], self.spec.bits, dtype or self.dtype, self.value_dtype):
+        if self.is_compiled(parts, dtype or self.dtype):
             return self.unpack_rows(parts, 0, self.matrix[0], dtype or self.dtype).view(self.shape)
         return super().unpack(parts, dtype)
 
@@ -162,6 +162,19 @@ class SparseLayout(Layout):
         selects = self.coding != "none" or (self.kept == 0 and self.spec.bits > 0)
         return selects and self.set_size > 0 and (self.by_row or not (self.spec.bits or self.spec.centred))
 
+    def is_compiled(self, parts: Sequence[Tensor], dtype: torch.dtype) -> bool:
+        """Whether compiled primitives read these parts, and give this dtype."""
+        return self._compilable and native.can_unpack(parts[0], self.spec.bits, dtype, self.value_dtype)
+
+    def split(self, parts: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """Kept values, index (as bytes), scale and codes, None for what there is not, of a layout that is compiled.
+
+        A centred one's means are not among the `parts`.
+        """
+        values, index = (parts[0], parts[1].view(torch.uint8)) if self.kept else (None, None)
+        scale, fields = parts[-2:] if self.spec.bits else (None, None)
+        return values, index, scale, fields
+
     @property
     def by_row(self) -> bool:
         """Whether each row is a set of its own."""
@@ -177,13 +190,8 @@ class SparseLayout(Layout):
         first: int,
     ) -> Tensor:
         bits = self.spec.bits
-        values, index = parts[:2] if self.kept else (None, None)
-        scale, fields = parts[-2:] if bits else (None, None)
         dense = torch.ops.hf_backrazor.unpack(
-            values,
-            None if index is None else index.view(torch.uint8),
-            scale,
-            fields,
+            *self.split(parts),
             means,
             group,
             first % group,

@@ -18,22 +18,30 @@ INLINED void look_up_integers(const uint8_t *restrict codes, int64_t n, int64_t 
                               int8_t *restrict to) {
     int8_t v[16] = {0};
     memcpy(v, table, (size_t)1 << bits);
-    for (int64_t i = 0; i < n; i++) {
-        int8_t found = v[0];
-        for (int32_t j = 1; j < 4; j++) found = codes[i] == j ? v[j] : found;
-        to[i] = found;
-    }
-    if (bits < 3) return;
-    for (int64_t i = 0; i < n; i++) {
-        int8_t found = to[i];
-        for (int32_t j = 4; j < 8; j++) found = codes[i] == j ? v[j] : found;
-        to[i] = found;
-    }
-    if (bits < 4) return;
-    for (int64_t i = 0; i < n; i++) {
-        int8_t found = to[i];
-        for (int32_t j = 8; j < 16; j++) found = codes[i] == j ? v[j] : found;
-        to[i] = found;
+    const int8_t v0 = v[0], v1 = v[1], v2 = v[2], v3 = v[3], v4 = v[4], v5 = v[5], v6 = v[6], v7 = v[7];
+    const int8_t v8 = v[8], v9 = v[9], v10 = v[10], v11 = v[11], v12 = v[12], v13 = v[13], v14 = v[14], v15 = v[15];
+    if (bits <= 2) {
+        for (int64_t i = 0; i < n; i++) {
+            const uint8_t c = codes[i];
+            const int8_t a = c & 1 ? v1 : v0, b = c & 1 ? v3 : v2;
+            to[i] = c & 2 ? b : a;
+        }
+    } else if (bits == 3) {
+        for (int64_t i = 0; i < n; i++) {
+            const uint8_t c = codes[i];
+            const int8_t a = c & 1 ? v1 : v0, b = c & 1 ? v3 : v2, d = c & 1 ? v5 : v4, e = c & 1 ? v7 : v6;
+            const int8_t f = c & 2 ? b : a, g = c & 2 ? e : d;
+            to[i] = c & 4 ? g : f;
+        }
+    } else {
+        for (int64_t i = 0; i < n; i++) {
+            const uint8_t c = codes[i];
+            const int8_t a = c & 1 ? v1 : v0, b = c & 1 ? v3 : v2, d = c & 1 ? v5 : v4, e = c & 1 ? v7 : v6;
+            const int8_t f = c & 1 ? v9 : v8, g = c & 1 ? v11 : v10, h = c & 1 ? v13 : v12, k = c & 1 ? v15 : v14;
+            const int8_t l = c & 2 ? b : a, m = c & 2 ? e : d, o = c & 2 ? g : f, p = c & 2 ? k : h;
+            const int8_t q = c & 4 ? m : l, r = c & 4 ? p : o;
+            to[i] = c & 8 ? r : q;
+        }
     }
 }
 
@@ -185,7 +193,7 @@ CLONED static void finish_columns(const gradient_args *a, const kept_elements *k
 
 EXPORTED int64_t hf_backrazor_gradient(const gradient_args *a) {
     int64_t failed = 0, width = TILE_ELEMENTS / (a->n ? a->n : 1) / 16 * 16;
-    width = width < 16 ? 16 : smaller(width, TILE_COLUMNS);
+    width = width < 64 ? 64 : smaller(width, TILE_COLUMNS);
     int64_t tiles = (a->columns + width - 1) / width;
     size_t count = (size_t)(a->rows * a->k);
     kept_elements kept = {malloc(count * 4 + 1), malloc(count * 4 + 1)};

@@ -34,6 +34,9 @@
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum { NO_INDEX = 0, MASK = 1, POSITIONS = 2, OFFSETS = 3 };
+/* Sums run in so many lanes, whatever the vectors' width: the same result on all processors. */
+#define LANES 16
+
 enum { DONE = 0, NO_MEMORY = 1 };
 
 /* Places of kept elements within blocks of so many take one byte. */
@@ -143,6 +146,20 @@ typedef struct {
     float *out;               /* shaped as `product` */
     int64_t threads;
 } gradient_args;
+
+/* LayerNorm's or RMSNorm's gradients from a packed x_hat. */
+typedef struct {
+    unpack_args x_hat;        /* `out` and `threads` are not read */
+    const float *grad;        /* dY, (rows, n) */
+    const float *rstd;        /* (rows) */
+    const float *gamma;       /* (n), or NULL */
+    int64_t centred;          /* LayerNorm; else RMSNorm */
+    int64_t block;            /* rows whose share of dgamma and dbeta is summed by itself */
+    float *grad_input;        /* (rows, n) */
+    float *grad_gamma;        /* (blocks, n) */
+    float *grad_beta;         /* (blocks, n) */
+    int64_t threads;
+} norm_args;
 
 /* Bytes in which positions up to n - 1 are counted: as `position_dtype` in index.py. */
 INLINED int64_t position_size(int64_t n) { return n <= 256 ? 1 : n <= 32768 ? 2 : 4; }

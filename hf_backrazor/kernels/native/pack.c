@@ -4,9 +4,6 @@
 #include "fields.h"
 #include "native.h"
 
-/* Sums run in so many lanes, whatever the vectors' width: the same result on all processors. */
-#define LANES 16
-
 typedef struct {
     float *x;       /* the set */
     uint8_t *keep;  /* 1 for what is kept */

@@ -1,33 +1,8 @@
 /* Packed rows to floats. */
-#include "fields.h"
-#include "index.h"
 #include "native.h"
+#include "unpack_row.h"
 
-typedef struct {
-    float *x; /* the row */
-    uint8_t *codes;
-    uint8_t *plane;
-} scratch;
-
-INLINED void unpack_row(const unpack_args *a, int64_t row, const scratch *s, float *restrict x) {
-    int64_t n = a->n;
-    if (a->bits) {
-        unpack_codes(a->fields + row * a->fields_stride, n, a->bits, s->plane, s->codes);
-        look_up(s->codes, n, a->bits, a->levels, a->scale ? from_bfloat16(a->scale[row]) : 1.0f, x);
-    } else if (!a->keep_base) {
-        memset(x, 0, (size_t)n * 4);
-    }
-    if (a->k) {
-        const uint8_t *index = a->index + row * a->index_stride;
-        FOR_EACH_KEPT(index, n, a->k, a->coding, i, j, x[i] = read_value(a->values, a->value_dtype, row * a->k + j));
-    }
-    if (a->centre) {
-        const uint16_t *centre = a->centre + (a->first + row) / a->group * n;
-        for (int64_t i = 0; i < n; i++) x[i] += from_bfloat16(centre[i]);
-    }
-}
-
-CLONED static void unpack_rows(const unpack_args *a, int64_t first, int64_t last, const scratch *s) {
+CLONED static void unpack_rows(const unpack_args *a, int64_t first, int64_t last, const row_scratch *s) {
     int64_t n = a->n;
     for (int64_t row = first; row < last; row++) {
         if (a->out_dtype == FLOAT32) {
@@ -55,7 +30,7 @@ EXPORTED int64_t hf_backrazor_unpack(const unpack_args *a) {
             failed++;
             continue;
         }
-        scratch s = {(float *)(void *)memory, memory + 4 * bytes, memory + 5 * bytes};
+        row_scratch s = {(float *)(void *)memory, memory + 4 * bytes, memory + 5 * bytes};
         unpack_rows(a, rows * t / threads, rows * (t + 1) / threads, &s);
         free(memory);
     }
