@@ -28,29 +28,19 @@ from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
-    ViTConfig,
-    ViTForImageClassification,
 )
 
+from benchmark_workloads import WORKLOADS, Batch, llama, with_lora
 from docstring_task import docstring_task
 from hf_backrazor import RazorConfig, get_razor_model, measure_saved_bytes
 from offline_data import minilm_folder
 from peak_memory import peak_over_idle, return_freed_memory
-
-Batch = dict[str, Any]
 
 RAZOR_ROWS = {
     "razor, paper 0.9": RazorConfig.preset("paper", sparsity=0.9),
@@ -63,38 +53,6 @@ RAZOR_ROWS = {
 }
 EAGER, SDPA, CHECKPOINTING, LORA = "dense, eager attention", "dense, SDPA", "activation checkpointing", "LoRA r=8"
 ROWS = (EAGER, SDPA, CHECKPOINTING, LORA, *RAZOR_ROWS)
-# PEFT's default targets for BERT and GPT-2; for ViT it has none, and attention's q and v are what its examples take.
-LORA_TARGETS = {"vit": ["q_proj", "v_proj"], "bert": None, "gpt2": None}
-
-
-def vit() -> tuple[PreTrainedModel, Batch]:
-    model = ViTForImageClassification(ViTConfig(num_labels=10))
-    return model, {"pixel_values": torch.randn(8, 3, 224, 224), "labels": torch.arange(8)}
-
-
-def bert() -> tuple[PreTrainedModel, Batch]:
-    tokens = torch.randint(1000, 30000, (8, 128))
-    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": torch.arange(8) % 2}
-    return BertForSequenceClassification(BertConfig()), batch
-
-
-def gpt2(batch: int, length: int) -> tuple[PreTrainedModel, Batch]:
-    tokens = torch.randint(0, 50000, (batch, length))
-    return GPT2LMHeadModel(GPT2Config(use_cache=False)), {"input_ids": tokens, "labels": tokens}
-
-
-def llama() -> tuple[PreTrainedModel, Batch]:
-    sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
-    tokens = torch.randint(0, 32000, (2, 512))
-    return LlamaForCausalLM(LlamaConfig(**sizes, use_cache=False)), {"input_ids": tokens, "labels": tokens}
-
-
-WORKLOADS: dict[str, Callable[[], tuple[PreTrainedModel, Batch]]] = {
-    "ViT-B/16 8x224x224": vit,
-    "BERT-base 8x128": bert,
-    "GPT-2 2x512": lambda: gpt2(2, 512),
-    "GPT-2 1x1024": lambda: gpt2(1, 1024),
-}
 
 
 def measure(workload: str, row: str) -> dict[str, float | None]:
@@ -108,7 +66,7 @@ def measure(workload: str, row: str) -> dict[str, float | None]:
     if row == EAGER:
         model.set_attn_implementation("eager")
     elif row == LORA:
-        model = get_peft_model(model, LoraConfig(r=8, target_modules=LORA_TARGETS[model.config.model_type]))
+        model = with_lora(model)
     elif row == CHECKPOINTING:
         model.gradient_checkpointing_enable()
     elif row != SDPA:
