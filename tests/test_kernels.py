@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_backrazor.functional.activation import GELU, SILU, cell_tables
 from hf_backrazor.functional.layouts import CellLayout, CorrectedLayout
+from hf_backrazor.kernels.bernoulli import FastBernoulli, bernoulli_
 from hf_backrazor.kernels.library import load, torch_only
 from hf_backrazor.packing import (
     Packed,
@@ -264,3 +266,30 @@ def test_gradients_of_norms_are_the_torch_codes(spec: PackSpec, affine: bool, ce
         assert all(map(torch.equal, found, packed_norm_gradients(*arguments)))
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.float64])
+@pytest.mark.parametrize("drawn", [0, 1, 623, 624, 625, 1247])
+def test_draws_what_torch_draws(drawn: int, dtype: torch.dtype) -> None:
+    for p in (0.0, 0.1, 1 / 3, 0.9, 1.0):
+        torch.manual_seed(drawn)
+        torch.randint(2**31, (drawn,))
+        start = torch.get_rng_state()
+        expected = [torch.empty(n, dtype=dtype).bernoulli_(p) for n in (4096, 5001, 100)]
+        after = torch.get_rng_state()
+        torch.set_rng_state(start)
+        found = [bernoulli_(torch.empty(n, dtype=dtype), p) for n in (4096, 5001, 100)]
+        assert all(map(torch.equal, expected, found))
+        assert torch.equal(after, torch.get_rng_state())
+
+
+def test_attention_drops_the_same_with_fast_draws() -> None:
+    query = torch.randn(2, 3, 80, 16)
+    torch.manual_seed(0)
+    expected = F.scaled_dot_product_attention(query, query, query, dropout_p=0.2)
+    following = torch.rand(1)
+    torch.manual_seed(0)
+    with FastBernoulli():
+        found = F.scaled_dot_product_attention(query, query, query, dropout_p=0.2)
+    assert torch.equal(found, expected)
+    assert torch.equal(torch.rand(1), following)

@@ -7,6 +7,7 @@ returned as it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from ..packing import Layout, PackSpec, pack
 from .masks import pack_mask
 from .precision import current_autocast
-from .rng import get_rng_state, replayed_rng
+from .rng import fast_dropout, get_rng_state, replayed_rng
 
 
 def recomputed_attention(
@@ -76,7 +77,8 @@ class _RecomputedAttention(torch.autograd.Function):
         ctx.shared = [mask for mask in masks if mask.layout.form != "whole"]
         ctx.save_for_backward(*rng, *parameters, *(m.part for m in masks), *(part for p in packed for part in p.parts))
         ctx.counts = len(parameters), len(others)
-        return attend(query, key, value, *others)
+        with fast_dropout(query.device) if random else nullcontext():
+            return attend(query, key, value, *others)
 
     @staticmethod
     @once_differentiable
@@ -90,7 +92,9 @@ class _RecomputedAttention(torch.autograd.Function):
         inputs = _unpack_all(ctx.layouts, saved) + [x.detach() for x in others]
         for x, needed in zip(inputs, ctx.needs_input_grad[4:], strict=False):
             x.requires_grad_(needed)
-        with torch.enable_grad(), ctx.autocast, replayed_rng(grad_output.device, rng):
+        device = grad_output.device
+        faster = fast_dropout(device) if ctx.random else nullcontext()
+        with torch.enable_grad(), ctx.autocast, replayed_rng(device, rng), faster:
             output = ctx.attend(*inputs)
         inputs += parameters
         wanted = [x for x in inputs if x.requires_grad]
@@ -155,7 +159,8 @@ class _SparseAttention(torch.autograd.Function):
         ctx.mask_shape = None if mask is None else mask.shape
         ctx.layouts = [(p.layout, len(p.parts)) for p in packed]
         ctx.save_for_backward(*rng, *(part for p in packed for part in p.parts))
-        return attend(query, key, value)
+        with fast_dropout(query.device) if dropout_p else nullcontext():
+            return attend(query, key, value)
 
     @staticmethod
     @once_differentiable
@@ -168,7 +173,7 @@ class _SparseAttention(torch.autograd.Function):
         grad_probabilities = grad_output @ value.transpose(-1, -2)
         dropped = probabilities
         if ctx.dropout_p:
-            with replayed_rng(grad_output.device, rng):
+            with replayed_rng(grad_output.device, rng), fast_dropout(grad_output.device):
                 noise = F.dropout(torch.ones_like(probabilities), ctx.dropout_p)
             grad_probabilities *= noise
             dropped = probabilities * noise
