@@ -23,7 +23,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.bool: 3}
 MIN_NUMEL = 4096
 
 
-def bernoulli_(x: Tensor, p: float) -> Tensor:
+def bernoulli_(x: Tensor, p: float = 0.5) -> Tensor:
     """As `x.bernoulli_(p)`: the same numbers, and the generator goes on in the same way."""
     # A plain tensor with memory of its own: neither fake nor on its way into a compiled graph.
     plain = type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
