@@ -35,7 +35,7 @@ from hf_backrazor.functional.activation import (
     leaky_relu,
 )
 from hf_backrazor.packing import PackSpec, decode_cells, encode_cells
-from hf_backrazor.packing.layout import SLICE_NUMEL
+from hf_backrazor.packing.layout import SLICE_NUMEL, UNPACK_NUMEL
 
 LOSSLESS = PackSpec()
 PAPER = PackSpec(0.9, "sample", value_dtype="float32")
@@ -356,7 +356,8 @@ NORMS = {
 @pytest.mark.parametrize("p", [0.0, 0.4], ids=["", "dropout"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
 def test_linear_behind_a_norm_reads_its_x_hat(norm, p: float, transposed: bool, monkeypatch) -> None:
-    monkeypatch.setitem(SLICE_NUMEL, "cpu", 8 * 32)
+    for numel in (SLICE_NUMEL, UNPACK_NUMEL):
+        monkeypatch.setitem(numel, "cpu", 8 * 32)
     torch.manual_seed(0)
     x, gamma, beta = double(3, 9, 32), double(32), double(32)
     weights = [double(32, 7) if transposed else double(7, 32) for _ in range(2)]
@@ -452,7 +453,8 @@ def test_weight_gradient_does_not_depend_on_the_slices(dtype: torch.dtype, monke
     x, weight = torch.randn(96, 64).to(dtype), torch.randn(48, 64).to(dtype).requires_grad_()
     upstream = torch.randn(96, 48).to(dtype)
     (whole,) = torch.autograd.grad(linear(x, weight, None, LOSSLESS), weight, upstream)
-    monkeypatch.setitem(SLICE_NUMEL, "cpu", 8 * 64)
+    for numel in (SLICE_NUMEL, UNPACK_NUMEL):
+        monkeypatch.setitem(numel, "cpu", 8 * 64)
     (sliced,) = torch.autograd.grad(linear(x, weight, None, LOSSLESS), weight, upstream)
     assert sliced.dtype == dtype
     # In sixteen bits the sum of each slice is rounded.

@@ -78,28 +78,30 @@ class _Linear(torch.autograd.Function):
             grad_input = grad_input.view(ctx.input_shape).to(ctx.input_dtype)
         if ctx.needs_input_grad[1]:
             if ctx.integers:
-                grad_weight = _grad_weight_by_integers(grad_rows, ctx.layout, parts, ctx.transposed)
+                grad_weight, grad_bias = _grads_by_integers(grad_rows, ctx.layout, parts, ctx.transposed)
             if grad_weight is None:
                 grad_weight = _grad_weight(grad_rows, ctx.layout, parts, ctx.transposed)
             grad_weight = grad_weight.to(weight.dtype)
         if ctx.needs_input_grad[2]:
-            grad_bias = grad_rows.sum(0).to(ctx.bias_dtype)
+            grad_bias = (grad_rows.sum(0) if grad_bias is None else grad_bias).to(ctx.bias_dtype)
+        else:
+            grad_bias = None
         return grad_input, grad_weight, grad_bias, None, None, None
 
 
-def _grad_weight_by_integers(
+def _grads_by_integers(
     grad_rows: Tensor, layout: Layout, parts: Sequence[Tensor], transposed: bool
-) -> Tensor | None:
-    """As `_grad_weight`, from the codes; None where they do not allow for that, or it would not be faster."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """As `_grad_weight`, from the codes, and db; None where they do not allow for that, or it would not be faster."""
     gamma = beta = None
     if isinstance(layout, AffineLayout):
         parts, gamma, beta = layout.split(parts)
         layout = layout.x_hat
     if grad_rows.dtype == torch.float64 or not fast_with_integers(grad_rows, layout.matrix[1]):
-        return None
+        return None, None
     integers = layout.integers(parts)
     if integers is None:
-        return None
+        return None, None
     seed = int(torch.randint(2**32, ()))
     return weight_gradient(grad_rows.float(), integers, gamma, beta, transposed, seed)
 

@@ -44,6 +44,7 @@ class _RoundArgs(ctypes.Structure):
         ("seed", ctypes.c_uint64),
         ("out", _pointer),
         ("scale", _pointer),
+        ("sum", _pointer),
         ("threads", _int),
     )
 
@@ -68,7 +69,6 @@ class _GradientArgs(ctypes.Structure):
         ("beta", _pointer),
         ("grad_sum", _pointer),
         ("transposed", _int),
-        ("out", _pointer),
         ("threads", _int),
     )
 
@@ -110,7 +110,7 @@ def integers(
     return out
 
 
-def round_gradient(grad: Tensor, row_scale: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:
+def round_gradient(grad: Tensor, row_scale: Tensor | None, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """A gradient to 8-bit integers, each column with its own scale, rounded at random so that the mean is exact.
 
     Args:
@@ -119,10 +119,11 @@ def round_gradient(grad: Tensor, row_scale: Tensor | None, seed: int) -> tuple[T
         seed: below 2^32; the same seed rounds in the same way.
 
     Returns:
-        int8 `(rows, columns)`, and float32 `(columns,)`: what a step of them stands for.
+        int8 `(rows, columns)`; float32 `(columns,)`: what a step of them stands for; float32 `(columns,)`: the sum of
+        `grad` over its rows.
     """
     grad, row_scale = grad.contiguous(), None if row_scale is None else row_scale.contiguous()
-    out, scale = torch.empty_like(grad, dtype=torch.int8), grad.new_empty(grad.shape[1])
+    out, scale, total = _fake_round_gradient(grad, row_scale, seed)
     arguments = _RoundArgs(
         grad=grad.data_ptr(),
         rows=grad.shape[0],
@@ -131,10 +132,11 @@ def round_gradient(grad: Tensor, row_scale: Tensor | None, seed: int) -> tuple[T
         seed=seed,
         out=out.data_ptr(),
         scale=scale.data_ptr(),
+        sum=total.data_ptr(),
         threads=threads_for(grad.numel()),
     )
     check(load().hf_backrazor_round(ctypes.byref(arguments)))
-    return out, scale
+    return out, scale, total
 
 
 def finish_gradient(
@@ -149,14 +151,14 @@ def finish_gradient(
     beta: Tensor | None,
     grad_sum: Tensor | None,
     transposed: bool,
-) -> Tensor:
-    """A weight gradient from its integer product.
+) -> None:
+    """A weight gradient from its integer product, in place of it.
 
     (product scale + dY^T kept) gamma + grad_sum beta^T, where `kept` is the input with nothing but the elements that
     are kept exactly.
 
     Args:
-        product: int32 `(columns, n)`; `(n, columns)` if `transposed`.
+        product: int32 `(columns, n)`; `(n, columns)` if `transposed`. Holds the bits of float32 afterwards.
         scale: float32 `(columns,)`.
         grad: dY, float32 `(rows, columns)`.
         values, index: what is kept of each row of the input, and where. Or None.
@@ -164,16 +166,12 @@ def finish_gradient(
         gamma, beta: float32 `(n,)`, or None: 1, 0.
         grad_sum: float32 `(columns,)`: dY summed over rows; needed with `beta`.
         transposed: see `product`.
-
-    Returns:
-        float32, shaped as `product`.
     """
     n, columns = product.shape if transposed else product.shape[::-1]
-    product, scale, grad = product.contiguous(), scale.contiguous(), grad.contiguous()
+    scale, grad = scale.contiguous(), grad.contiguous()
     values, index, gamma, beta, grad_sum = (
         None if t is None else t.contiguous() for t in (values, index, gamma, beta, grad_sum)
     )
-    out = torch.empty_like(product, dtype=torch.float32)
     arguments = _GradientArgs(
         product=product.data_ptr(),
         scale=scale.data_ptr(),
@@ -191,21 +189,19 @@ def finish_gradient(
         beta=address(beta),
         grad_sum=address(grad_sum),
         transposed=transposed,
-        out=out.data_ptr(),
-        threads=threads_for(out.numel()),
+        threads=threads_for(product.numel()),
     )
     check(load().hf_backrazor_gradient(ctypes.byref(arguments)))
-    return out
 
 
 _operators = torch.library.Library("hf_backrazor", "FRAGMENT")
 _operators.define(
     "integers(Tensor fields, Tensor? index, int n, int k, str coding, int bits, int[] table) -> Tensor",
 )
-_operators.define("round_gradient(Tensor grad, Tensor? row_scale, int seed) -> (Tensor, Tensor)")
+_operators.define("round_gradient(Tensor grad, Tensor? row_scale, int seed) -> (Tensor, Tensor, Tensor)")
 _operators.define(
-    "finish_gradient(Tensor product, Tensor scale, Tensor grad, Tensor? values, Tensor? index, int k, str coding, "
-    "Tensor? gamma, Tensor? beta, Tensor? grad_sum, bool transposed) -> Tensor"
+    "finish_gradient(Tensor(a!) product, Tensor scale, Tensor grad, Tensor? values, Tensor? index, int k, str coding, "
+    "Tensor? gamma, Tensor? beta, Tensor? grad_sum, bool transposed) -> ()"
 )
 _operators.impl("integers", integers, "CPU")
 _operators.impl("round_gradient", round_gradient, "CPU")
@@ -218,10 +214,10 @@ def _fake_integers(fields, index, n, k, coding, bits, table) -> Tensor:
 
 
 @torch.library.register_fake("hf_backrazor::round_gradient")
-def _fake_round_gradient(grad, row_scale, seed) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(grad, dtype=torch.int8), grad.new_empty(grad.shape[1])
+def _fake_round_gradient(grad, row_scale, seed) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(grad, dtype=torch.int8), grad.new_empty(grad.shape[1]), grad.new_empty(grad.shape[1])
 
 
 @torch.library.register_fake("hf_backrazor::finish_gradient")
-def _fake_finish_gradient(product, scale, grad, values, index, k, coding, gamma, beta, grad_sum, transposed) -> Tensor:
-    return torch.empty_like(product, dtype=torch.float32)
+def _fake_finish_gradient(product, scale, grad, values, index, k, coding, gamma, beta, grad_sum, transposed) -> None:
+    return None

@@ -94,8 +94,8 @@ def weight_gradient(
     beta: Tensor | None,
     transposed: bool,
     seed: int,
-) -> Tensor:
-    """dY^T (gamma x + beta), the first term of it by integers.
+) -> tuple[Tensor, Tensor]:
+    """dY^T (gamma x + beta), the first term of it by integers; and dY summed over rows.
 
     Args:
         grad: dY, float32 `(rows, columns)`.
@@ -105,23 +105,26 @@ def weight_gradient(
         seed: of the rounding, below 2^32.
 
     Returns:
-        float32 `(columns, n)`; `(n, columns)` if `transposed`.
+        float32 `(columns, n)`, or `(n, columns)` if `transposed`; float32 `(columns,)`.
     """
     compiled = native.can_unpack(grad, 0, torch.float32, torch.float32 if x.kept is None else x.kept.values.dtype)
-    rounded, scale = (torch.ops.hf_backrazor.round_gradient if compiled else round_gradient)(grad, x.row_scale, seed)
+    rounded, scale, grad_sum = (torch.ops.hf_backrazor.round_gradient if compiled else round_gradient)(
+        grad, x.row_scale, seed
+    )
     scale *= x.unit
     # Of matrices with a single row or column torch 2.13 computes wrong products; `fast_with_integers` rules them out.
     product = torch._int_mm(x.codes.t(), rounded) if transposed else torch._int_mm(rounded.t(), x.codes)
     gamma = None if gamma is None else gamma.float()
     beta = None if beta is None else beta.float()
-    grad_sum = None if beta is None else grad.sum(0)
     if compiled:
         values, index, k, coding = (None, None, 0, "none")
         if x.kept is not None:
             values, index, k, coding = x.kept.values, _bytes(x.kept), x.kept.values.shape[-1], x.kept.coding
-        return torch.ops.hf_backrazor.finish_gradient(
+        product = product.contiguous()
+        torch.ops.hf_backrazor.finish_gradient(
             product, scale, grad, values, index, k, coding, gamma, beta, grad_sum, transposed
         )
+        return product.view(torch.float32), grad_sum
     by_column = product.t() if transposed else product
     out = by_column * scale.unsqueeze(-1)
     if x.kept is not None:
@@ -129,10 +132,10 @@ def weight_gradient(
         out += grad.t() @ scatter_kept(zeros, x.kept.index, x.kept.values.to(grad.dtype), x.kept.coding)
     out = out if gamma is None else out.mul_(gamma)
     out = out if beta is None else out.addr_(grad_sum, beta)
-    return out.t().contiguous() if transposed else out
+    return (out.t().contiguous() if transposed else out), grad_sum
 
 
-def round_gradient(grad: Tensor, row_scale: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:
+def round_gradient(grad: Tensor, row_scale: Tensor | None, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """See `kernels.gradient.round_gradient`."""
     scaled = grad if row_scale is None else grad * row_scale.to(grad.dtype)
     greatest = scaled.abs().amax(0)
@@ -142,7 +145,7 @@ def round_gradient(grad: Tensor, row_scale: Tensor | None, seed: int) -> tuple[T
     noise = (_scramble((place & _WORD) ^ seed) >> 8).float() * 2.0**-24
     up = scaled * factor + noise + 128
     up = torch.where(up > 1, up, 1).clamp_(max=255)
-    return (up.to(torch.int32) - 128).to(torch.int8), greatest / 127
+    return (up.to(torch.int32) - 128).to(torch.int8), greatest / 127, grad.sum(0)
 
 
 _WORD = 2**32 - 1

@@ -89,19 +89,21 @@ CLONED static void round_columns(const round_args *a, int64_t first, int64_t las
     for (int64_t start = first; start < last; start += TILE_COLUMNS) {
         int64_t width = smaller(TILE_COLUMNS, last - start);
         int32_t greatest[TILE_COLUMNS] = {0};
-        float factor[TILE_COLUMNS];
+        float factor[TILE_COLUMNS], sum[TILE_COLUMNS] = {0};
         for (int64_t row = 0; row < a->rows; row++) {
             const float *grad = a->grad + row * a->columns + start;
             const float s = a->row_scale ? from_bfloat16(a->row_scale[row]) : 1.0f;
             for (int64_t i = 0; i < width; i++) {
                 int32_t m = (int32_t)(bits_of(grad[i] * s) & 0x7fffffffu);
                 greatest[i] = m > greatest[i] ? m : greatest[i];
+                sum[i] += grad[i];
             }
         }
         for (int64_t i = 0; i < width; i++) {
             float top = float_of((uint32_t)greatest[i]);
             factor[i] = top != 0.0f ? 127.0f / top : 0.0f;
             a->scale[start + i] = top / 127.0f;
+            a->sum[start + i] = sum[i];
         }
         for (int64_t row = 0; row < a->rows; row++) {
             const float *grad = a->grad + row * a->columns + start;
@@ -148,6 +150,8 @@ INLINED void read_kept(const gradient_args *a, const kept_elements *kept) {
     }
 }
 
+INLINED float integer_at(const float *product, int64_t i) { return (float)(int32_t)bits_of(product[i]); }
+
 /* The columns from `start` on, `width` of them. `sum`: (n, width) floats: x^T dY for the kept elements of x. */
 CLONED static void finish_columns(const gradient_args *a, const kept_elements *kept, int64_t start, int64_t width,
                                   float *restrict sum) {
@@ -164,10 +168,9 @@ CLONED static void finish_columns(const gradient_args *a, const kept_elements *k
     if (a->transposed) {
         for (int64_t i = 0; i < n; i++) {
             const float gamma = a->gamma ? a->gamma[i] : 1.0f, beta = a->beta ? a->beta[i] : 0.0f;
-            const int32_t *product = a->product + i * a->columns + start;
-            const float *scale = a->scale + start, *restrict from = sum + i * width;
-            float *restrict out = a->out + i * a->columns + start;
-            for (int64_t o = 0; o < width; o++) out[o] = ((float)product[o] * scale[o] + from[o]) * gamma;
+            const float *restrict scale = a->scale + start, *restrict from = sum + i * width;
+            float *restrict out = a->product + i * a->columns + start;
+            for (int64_t o = 0; o < width; o++) out[o] = (integer_at(out, o) * scale[o] + from[o]) * gamma;
             if (a->beta) {
                 for (int64_t o = 0; o < width; o++) out[o] += a->grad_sum[start + o] * beta;
             }
@@ -177,10 +180,9 @@ CLONED static void finish_columns(const gradient_args *a, const kept_elements *k
     for (int64_t block = 0; block < n; block += 64) {
         int64_t end = smaller(block + 64, n);
         for (int64_t o = 0; o < width; o++) {
-            const int32_t *product = a->product + (start + o) * n;
             const float scale = a->scale[start + o], grad_sum = a->beta ? a->grad_sum[start + o] : 0.0f;
-            float *restrict out = a->out + (start + o) * n;
-            for (int64_t i = block; i < end; i++) out[i] = (float)product[i] * scale + sum[i * width + o];
+            float *restrict out = a->product + (start + o) * n;
+            for (int64_t i = block; i < end; i++) out[i] = integer_at(out, i) * scale + sum[i * width + o];
             if (a->gamma) {
                 for (int64_t i = block; i < end; i++) out[i] *= a->gamma[i];
             }

@@ -126,12 +126,13 @@ typedef struct {
     uint64_t seed;            /* below 2^32 */
     int8_t *out;              /* (rows, columns) */
     float *scale;             /* (columns): what a step of `out` stands for */
+    float *sum;               /* (columns): the gradient summed over rows */
     int64_t threads;
 } round_args;
 
 /* A weight gradient from the product of integers: scaled, with the share of kept elements, gamma and beta. */
 typedef struct {
-    const int32_t *product;   /* (columns, n), or (n, columns) if transposed */
+    float *product;           /* (columns, n), or (n, columns) if transposed: the bits of int32, to become floats */
     const float *scale;       /* (columns) */
     const float *grad;        /* (rows, columns) */
     int64_t rows, columns, n;
@@ -143,7 +144,6 @@ typedef struct {
     const float *beta;        /* (n), or NULL */
     const float *grad_sum;    /* (columns): the gradient summed over rows; needed for beta */
     int64_t transposed;
-    float *out;               /* shaped as `product` */
     int64_t threads;
 } gradient_args;
 
