@@ -18,8 +18,8 @@ from .integers import Integers
 SLICE_NUMEL = {"cpu": 2**19}
 SLICE_NUMEL_ELSEWHERE = 2**24
 
-# Unpacking needs less besides; and a matrix product in slices wants them thick: ViT-B/16's weight gradients take 1.25
-# times as long from slices of 2^19 elements.
+# Unpacking needs less besides, and a matrix product in slices wants them thick: the gradient of a weight of 768 x 3072
+# for 1576 tokens takes 49 ms from slices of 2^19 elements, 46 from 2^21, and 43 from a dense input.
 UNPACK_NUMEL = {"cpu": 2**21}
 
 
