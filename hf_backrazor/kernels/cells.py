@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .library import check, load, threads_for
+from .library import check, load, on_cuda, threads_for
 from .rows import DTYPES
 
 _int, _pointer = ctypes.c_int64, ctypes.c_void_p
@@ -80,4 +80,5 @@ _operators.define(
     "encode_cells(Tensor x, float reach, float steps_per_unit, int bits, int[] starts, int code_bytes) -> Tensor"
 )
 _operators.impl("encode_cells", encode_cells, "CPU")
+_operators.impl("encode_cells", on_cuda("cells", "encode_cells"), "CUDA")
 torch.library.register_fake("hf_backrazor::encode_cells", _fake_encode_cells)

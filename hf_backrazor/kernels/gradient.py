@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .library import check, load, threads_for
+from .library import check, load, on_cuda, threads_for
 from .rows import CODINGS, DTYPES, address
 
 _int, _pointer = ctypes.c_int64, ctypes.c_void_p
@@ -206,6 +206,9 @@ _operators.define(
 _operators.impl("integers", integers, "CPU")
 _operators.impl("round_gradient", round_gradient, "CPU")
 _operators.impl("finish_gradient", finish_gradient, "CPU")
+_operators.impl("integers", on_cuda("gradient", "integers"), "CUDA")
+_operators.impl("round_gradient", on_cuda("gradient", "round_gradient"), "CUDA")
+_operators.impl("finish_gradient", on_cuda("gradient", "finish_gradient"), "CUDA")
 
 
 @torch.library.register_fake("hf_backrazor::integers")

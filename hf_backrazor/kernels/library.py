@@ -1,16 +1,18 @@
-"""The compiled library: found, loaded once, or missing without harm."""
+"""The compiled library, and Triton: found, loaded once, or missing without harm."""
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +24,25 @@ _disabled = 0
 def available() -> bool:
     """Whether the compiled primitives are to be used."""
     return not _disabled and load() is not None
+
+
+def triton_available() -> bool:
+    """Whether the primitives in Triton are to be used."""
+    return not _disabled and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return os.environ.get(DISABLE) != "0" and importlib.util.find_spec("triton") is not None
+
+
+def on_cuda(module: str, name: str) -> Callable[..., Any]:
+    """An operator for CUDA tensors: `name` in `kernels.triton.module`, imported with Triton when it is first called."""
+
+    def call(*args: object) -> object:
+        return getattr(importlib.import_module(f"{__package__}.triton.{module}"), name)(*args)
+
+    return call
 
 
 @contextmanager

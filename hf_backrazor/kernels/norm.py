@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .library import check, load, threads_for
+from .library import check, load, on_cuda, threads_for
 from .rows import UnpackArgs, address, unpack_arguments
 
 _int, _pointer = ctypes.c_int64, ctypes.c_void_p
@@ -88,6 +88,7 @@ _operators.define(
     "Tensor? scale, Tensor? fields, int k, str coding, int bits, float[] levels) -> (Tensor, Tensor, Tensor)"
 )
 _operators.impl("norm_backward", norm_backward, "CPU")
+_operators.impl("norm_backward", on_cuda("norm", "norm_backward"), "CUDA")
 
 
 @torch.library.register_fake("hf_backrazor::norm_backward")

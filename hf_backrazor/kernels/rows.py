@@ -11,10 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .library import available, check, load, threads_for
+from .library import available, check, load, on_cuda, threads_for, triton_available
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CODINGS = {"none": 0, "mask": 1, "positions": 2, "offsets": 3}
+
+# Elements of a set that one block of a GPU's threads holds in its registers.
+TRITON_LIMIT = 16384
 
 _int, _pointer = ctypes.c_int64, ctypes.c_void_p
 
@@ -76,21 +79,23 @@ class UnpackArgs(ctypes.Structure):
 
 
 @torch.compiler.assume_constant_result
-def handles(bits: int, *dtypes: torch.dtype) -> bool:
-    """Whether the library is there and knows codes of so many bits, and tensors and kept values of these dtypes."""
-    if not (bits <= 4 and all(dtype in DTYPES for dtype in dtypes) and available()):
+def handles(device: str, n: int, bits: int, dtype: torch.dtype, value_dtype: torch.dtype) -> bool:
+    """Whether primitives for a type of device are there, and know such tensors.
+
+    Args:
+        device: type of the device.
+        n: elements in a set.
+        bits: of the codes.
+        dtype: of the dense tensor.
+        value_dtype: of kept values.
+    """
+    if n == 0 or bits > 4 or dtype not in DTYPES or value_dtype not in DTYPES:
         return False
-    return torch.float16 not in dtypes or bool(load().hf_backrazor_has_float16())
-
-
-def can_pack(x: Tensor, bits: int, value_dtype: torch.dtype) -> bool:
-    """Whether `pack` takes such a tensor."""
-    return can_unpack(x, bits, x.dtype, value_dtype) and x.numel() > 0
-
-
-def can_unpack(part: Tensor, bits: int, dtype: torch.dtype, value_dtype: torch.dtype) -> bool:
-    """Whether `unpack` gives this dtype from such parts."""
-    return part.device.type == "cpu" and dtype != torch.float16 and handles(bits, dtype, value_dtype)
+    if device == "cuda":
+        return n <= TRITON_LIMIT and triton_available()
+    if device != "cpu" or dtype == torch.float16 or not available():
+        return False
+    return value_dtype != torch.float16 or bool(load().hf_backrazor_has_float16())
 
 
 def pack(
@@ -130,11 +135,11 @@ def pack(
         Kept values `(sets, k)`, index uint8 `(sets, index_bytes)`, scale bfloat16 `(sets, 1)`, codes uint8 `(sets,
         code_bytes)`; without elements where nothing is kept, or nothing coded.
     """
-    parts = _new_parts(x, n, k, index_bytes, bits, code_bytes, value_dtype)
+    parts = new_parts(x, n, k, index_bytes, bits, code_bytes, value_dtype)
     values, index, scale, fields = parts
-    if (layout := _set_strides(x, n)) is None:
+    if (layout := set_strides(x, n)) is None:
         x = x.contiguous()
-        layout = _set_strides(x, n)
+        layout = set_strides(x, n)
     sizes, strides = layout
     mean, rstd, centre = (None if t is None else t.contiguous() for t in (mean, rstd, centre))
     table = (ctypes.c_float * max(1, len(thresholds)))(*thresholds)
@@ -169,10 +174,10 @@ def pack(
 def _fake_pack(
     x: Tensor, mean, rstd, centre, group, n, k, coding, index_bytes, bits, code_bytes, even, thresholds, value_dtype
 ) -> list[Tensor]:
-    return _new_parts(x, n, k, index_bytes, bits, code_bytes, value_dtype)
+    return new_parts(x, n, k, index_bytes, bits, code_bytes, value_dtype)
 
 
-def _new_parts(
+def new_parts(
     x: Tensor, n: int, k: int, index_bytes: int, bits: int, code_bytes: int, value_dtype: torch.dtype
 ) -> list[Tensor]:
     sets = x.numel() // n
@@ -184,7 +189,7 @@ def _new_parts(
     ]
 
 
-def _set_strides(x: Tensor, n: int) -> tuple[list[int], list[int]] | None:
+def set_strides(x: Tensor, n: int) -> tuple[list[int], list[int]] | None:
     """Sizes and strides of three dimensions that run over the sets of `n` elements of `x`; None if there are none."""
     if x.is_contiguous():
         return [1, 1, x.numel() // n], [0, 0, n]
@@ -192,6 +197,11 @@ def _set_strides(x: Tensor, n: int) -> tuple[list[int], list[int]] | None:
         return None
     missing = 4 - x.dim()
     return [1] * missing + list(x.shape[:-1]), [0] * missing + list(x.stride()[:-1])
+
+
+def position_bytes(n: int) -> int:
+    """Bytes in which positions up to `n - 1` are counted (see `packing.index`)."""
+    return 1 if n <= 256 else 2 if n <= 32768 else 4
 
 
 def unpack(
@@ -303,5 +313,7 @@ _operators.define(
 )
 _operators.impl("pack", pack, "CPU")
 _operators.impl("unpack", unpack, "CPU")
+_operators.impl("pack", on_cuda("rows", "pack"), "CUDA")
+_operators.impl("unpack", on_cuda("rows", "unpack"), "CUDA")
 torch.library.register_fake("hf_backrazor::pack", _fake_pack)
 torch.library.register_fake("hf_backrazor::unpack", _fake_unpack)

@@ -51,7 +51,7 @@ def encode_cells(x: Tensor, cells: Cells) -> Tensor:
     Returns:
         uint8 `(rows, code_width(n, cells.bits))`; 8 bits: `(rows, n)`.
     """
-    if cells.bits < 8 and native.can_pack(x, cells.bits, x.dtype):
+    if x.numel() and native.handles(x.device.type, x.shape[1], cells.bits, x.dtype, x.dtype):
         width = code_width(x.shape[1], cells.bits)
         return torch.ops.hf_backrazor.encode_cells(x, cells.reach, _density(cells), cells.bits, cells.starts, width)
     slices = row_slices(*x.shape, x.device)
@@ -88,7 +88,7 @@ def decode_cells(fields: Tensor, n: int, cells: Cells, table: tuple[float, ...],
     """
     if cells.bits == 8:
         return torch.tensor(table, dtype=dtype, device=fields.device)[fields.int()]
-    if fields.numel() and native.can_unpack(fields, cells.bits, dtype, dtype):
+    if fields.numel() and native.handles(fields.device.type, n, cells.bits, dtype, dtype):
         parts = (None, None, None, fields, None)
         return torch.ops.hf_backrazor.unpack(
             *parts, 1, 0, None, fields.shape[0], n, 0, "none", cells.bits, table, dtype

@@ -76,7 +76,7 @@ def decode_integers(
     """
     unit = max(map(abs, levels)) / 127
     table = tuple(round(level / unit) for level in levels)
-    if native.can_unpack(fields, bits, torch.float32, torch.float32 if kept is None else kept.values.dtype):
+    if native.handles(fields.device.type, n, bits, torch.float32, _value_dtype(kept)):
         index, k, coding = (None, 0, "none") if kept is None else (_bytes(kept), kept.values.shape[-1], kept.coding)
         codes = torch.ops.hf_backrazor.integers(fields, index, n, k, coding, bits, table)
     else:
@@ -107,7 +107,7 @@ def weight_gradient(
     Returns:
         float32 `(columns, n)`, or `(n, columns)` if `transposed`; float32 `(columns,)`.
     """
-    compiled = native.can_unpack(grad, 0, torch.float32, torch.float32 if x.kept is None else x.kept.values.dtype)
+    compiled = native.handles(grad.device.type, x.codes.shape[1], 0, torch.float32, _value_dtype(x.kept))
     rounded, scale, grad_sum = (torch.ops.hf_backrazor.round_gradient if compiled else round_gradient)(
         grad, x.row_scale, seed
     )
@@ -161,6 +161,10 @@ def _scramble(x: Tensor) -> Tensor:
     x ^= x >> 15
     x = (x * 0x846CA68B) & _WORD
     return x ^ (x >> 16)
+
+
+def _value_dtype(kept: Kept | None) -> torch.dtype:
+    return torch.float32 if kept is None else kept.values.dtype
 
 
 def _bytes(kept: Kept) -> Tensor:

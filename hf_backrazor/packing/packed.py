@@ -162,9 +162,12 @@ class SparseLayout(Layout):
         selects = self.coding != "none" or (self.kept == 0 and self.spec.bits > 0)
         return selects and self.set_size > 0 and (self.by_row or not (self.spec.bits or self.spec.centred))
 
+    def _handled(self, device: torch.device, dtype: torch.dtype) -> bool:
+        return native.handles(device.type, self.set_size, self.spec.bits, dtype, self.value_dtype)
+
     def is_compiled(self, parts: Sequence[Tensor], dtype: torch.dtype) -> bool:
         """Whether compiled primitives read these parts, and give this dtype."""
-        return self._compilable and native.can_unpack(parts[0], self.spec.bits, dtype, self.value_dtype)
+        return self._compilable and self._handled(parts[0].device, dtype)
 
     def split(self, parts: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """Kept values, index (as bytes), scale and codes, None for what there is not, of a layout that is compiled.
@@ -246,7 +249,7 @@ def pack(x: Tensor, spec: PackSpec, mean: Tensor | None = None, rstd: Tensor | N
         raise TypeError(f"pack takes floating-point tensors, got {x.dtype}")
     x = x.detach()
     layout = SparseLayout(x.shape, x.dtype, spec)
-    compilable = layout._compilable and native.can_pack(x, spec.bits, layout.value_dtype)
+    compilable = layout._compilable and x.numel() > 0 and layout._handled(x.device, x.dtype)
     if compilable and layout.by_row:
         return _pack_natively(x, layout, mean, rstd)
     if rstd is not None:
