@@ -263,6 +263,22 @@ def test_weight_gradient_by_integers_is_near_the_one_by_floats(coding: str) -> N
     assert found[3].eq(0).all()
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_threads_do_not_change_weight_gradients(transposed: bool) -> None:
+    packed = linear_input((700, 300), "rows", 0.99, 3, 0)
+    grad, gamma, beta = torch.randn(700, 200), torch.randn(300), torch.randn(300)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            integers = packed.layout.integers(packed.parts)
+            found.append(weight_gradient(grad, integers, gamma, beta, transposed, 1))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(map(torch.equal, other, found[0]))
+
+
 def test_a_gradient_that_is_not_finite_shows_in_its_column_alone() -> None:
     packed = linear_input((64, 100), "rows", 0.99, 3, 0)
     for odd in (torch.nan, torch.inf):
@@ -321,7 +337,7 @@ def test_attention_drops_the_same_with_fast_draws() -> None:
     assert torch.equal(torch.rand(1), following)
 
 
-def fast_gradients(seed: int, threads: int) -> list[torch.Tensor]:
+def fast_gradients(seed: int) -> list[torch.Tensor]:
     """Gradients of a model whose weight gradients are computed from integers."""
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -330,21 +346,16 @@ def fast_gradients(seed: int, threads: int) -> list[torch.Tensor]:
     model = BertForSequenceClassification(BertConfig(vocab_size=99, **size))
     get_razor_model(model, RazorConfig.preset("fast", min_numel=0))
     ids, labels = torch.randint(99, (8, 96)), torch.randint(2, (8,))
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        torch.manual_seed(seed)
-        with torch.profiler.profile() as profile:
-            model(input_ids=ids, labels=labels).loss.backward()
-    finally:
-        torch.set_num_threads(before)
+    torch.manual_seed(seed)
+    with torch.profiler.profile() as profile:
+        model(input_ids=ids, labels=labels).loss.backward()
     assert "aten::_int_mm" in {event.key for event in profile.key_averages()}
     return [p.grad for name, p in model.named_parameters() if "encoder" in name and p.grad is not None and p.dim() > 1]
 
 
 @pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this processor does not multiply integers fast")
 def test_a_seed_fixes_gradients_by_integers() -> None:
-    first = fast_gradients(seed=1, threads=1)
-    assert all(map(torch.equal, first, fast_gradients(seed=1, threads=1)))
+    first = fast_gradients(seed=1)
+    assert all(map(torch.equal, first, fast_gradients(seed=1)))
     # Without dropout's numbers it would be the rounding alone that differs; either way, the seed counts.
-    assert not any(map(torch.equal, first, fast_gradients(seed=2, threads=1)))
+    assert not any(map(torch.equal, first, fast_gradients(seed=2)))

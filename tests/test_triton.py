@@ -108,7 +108,9 @@ def make(kind: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Te
         odd = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 1e-42, 3e38, -3e-39])
         place = torch.rand(shape, generator=generator) < 0.05
         x = torch.where(place, odd[torch.randint(0, 7, shape, generator=generator)], x)
-    return x.to(dtype)
+    x = x.to(dtype)
+    # Some processors give a NaN a sign when they round it, and the interpreter takes it away again.
+    return x.masked_fill_(x.isnan(), torch.nan)
 
 
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 5), st.one_of(st.integers(1, 130), st.sampled_from([257, 777])))

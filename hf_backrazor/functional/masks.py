@@ -72,8 +72,6 @@ def pack_mask(mask: Tensor) -> PackedMask:
     """
     if mask.requires_grad or mask.dim() < 2 or not (mask.dtype == torch.bool or mask.is_floating_point()):
         return _whole(mask)
-    if torch.compiler.is_compiling():
-        return _bits(mask) if mask.dtype == torch.bool else _whole(mask)
     shared = _shared[mask]() if mask in _shared else None
     if shared is None or shared.version != mask._version:
         shared = _pack(mask)

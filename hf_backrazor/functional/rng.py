@@ -30,7 +30,7 @@ def set_rng_state(device: torch.device, state: Tensor) -> None:
 
 def fast_dropout(device: torch.device) -> AbstractContextManager:
     """A context in which somebody else's code draws its dropout faster, where that can be; the same numbers."""
-    return FastBernoulli() if device.type == "cpu" and not torch.compiler.is_compiling() else nullcontext()
+    return FastBernoulli() if device.type == "cpu" else nullcontext()
 
 
 @contextmanager

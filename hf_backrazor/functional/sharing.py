@@ -33,9 +33,8 @@ _entries: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _entry(x: Tensor) -> _Entry | None:
-    # Tensors from outside of the graph can be written to without a new version (through numpy or `.data`). And the
-    # compiler merges equal subgraphs by itself, but cannot trace the dictionary.
-    if x.grad_fn is None or torch.compiler.is_compiling():
+    # Tensors from outside of the graph can be written to without a new version (through numpy or `.data`).
+    if x.grad_fn is None:
         return None
     entry = _entries.get(x)
     if entry is None or entry.version != x._version:
@@ -51,7 +50,7 @@ def note_origin(x: Tensor, origin: Packed) -> None:
 
 def origin_of(x: Tensor) -> Packed | None:
     """How `x` is restored from what the operator that made it saves; None if that is not known."""
-    entry = None if torch.compiler.is_compiling() else _entries.get(x)
+    entry = _entries.get(x)
     return entry.origin if entry is not None and entry.version == x._version else None
 
 

@@ -25,8 +25,7 @@ MIN_NUMEL = 4096
 
 def bernoulli_(x: Tensor, p: float = 0.5) -> Tensor:
     """As `x.bernoulli_(p)`: the same numbers, and the generator goes on in the same way."""
-    # A plain tensor with memory of its own: neither fake nor on its way into a compiled graph.
-    plain = type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    plain = type(x) is Tensor and x.device.type == "cpu"  # with memory of its own, not fake
     fits = plain and x.dtype in _DTYPES and x.is_contiguous() and x.numel() >= MIN_NUMEL and 0 <= p <= 1
     if not fits or not available() or not _draws_like_torch():
         return x.bernoulli_(p)

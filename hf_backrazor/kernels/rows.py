@@ -78,7 +78,6 @@ class UnpackArgs(ctypes.Structure):
     )
 
 
-@torch.compiler.assume_constant_result
 def handles(device: str, n: int, bits: int, dtype: torch.dtype, value_dtype: torch.dtype) -> bool:
     """Whether primitives for a type of device are there, and know such tensors.
 

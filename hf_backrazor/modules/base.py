@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from functools import cache
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,13 @@ class RazorModule(Extension, _Module):
         for name in [name for name in self.__dict__ if name.startswith("razor_")]:
             del self.__dict__[name]
         restore(self)
+
+    # The compiler breaks its graph here, and the module does what it does without it. It could trace one module, not
+    # which of them share a tensor.
+    @torch.compiler.disable(reason="razor modules share packed tensors")
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the plain module's."""
+        return super().__call__(*args, **kwargs)
 
     def razor_active(self, *tensors: Tensor | None) -> bool:
         """Whether this call saves packed activations: in training, with gradients wanted for one of `tensors`."""

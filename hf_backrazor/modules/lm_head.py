@@ -35,11 +35,15 @@ class RazorLMHead(RazorLinear):
         """See `RazorModule.handles`."""
         return RazorLinear.handles(module) and not hasattr(module.weight, "ds_id")
 
+    # The compiler traces the plain head: it knows nothing of a tensor that is not there yet.
+    __call__ = nn.Module.__call__
+
     def forward(self, x: Tensor) -> Tensor:
         """As the plain module; in training the logits are computed when they are needed."""
-        # Sharded weights (FSDP2) are gone when the loss needs them; the compiler cannot trace the lazy tensor.
-        lazy = not isinstance(self, FSDPModule) and not torch.compiler.is_compiling()
-        if not lazy or not self.razor_active(x, self.weight) or not self.worth_packing(x):
+        if torch.compiler.is_compiling():
+            return self.plain_class.forward(self, x)
+        # Sharded weights (FSDP2) are gone when the loss needs them.
+        if isinstance(self, FSDPModule) or not self.razor_active(x, self.weight) or not self.worth_packing(x):
             return super().forward(x)
         return LazyLogits(x, self.weight, self.bias)
 

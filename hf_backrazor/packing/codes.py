@@ -9,7 +9,6 @@ a row with them. 8 bits: 255 evenly spaced levels.
 from __future__ import annotations
 
 import itertools
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -24,6 +23,21 @@ _GAUSSIAN_LEVELS: dict[int, tuple[float, ...]] = {
     2: (0.4527800, 1.5104176),
     3: (0.2450941, 0.7560052, 1.3439093, 2.1519457),
     4: (0.1283950, 0.3880483, 0.6567591, 0.9423405, 1.2562312, 1.6180463, 2.0690165, 2.7326357),
+}
+_EVEN_LEVELS = {
+    bits: tuple((i + 0.5) / (2 ** (bits - 1) - 0.5) for i in range(2 ** (bits - 1))) for bits in (1, 2, 3, 4)
+}
+
+# Levels above zero, in units of the scale; those below mirror them.
+_POSITIVE = {
+    (name, bits): positive
+    for name, table in (("gaussian", _GAUSSIAN_LEVELS), ("even", _EVEN_LEVELS))
+    for bits, positive in table.items()
+}
+_LEVELS = {key: positive + tuple(-level for level in positive) for key, positive in _POSITIVE.items()}
+_THRESHOLDS = {
+    key: tuple((lower + upper) / 2 for lower, upper in itertools.pairwise(positive))
+    for key, positive in _POSITIVE.items()
 }
 
 
@@ -78,25 +92,14 @@ def decode(codes: Codes, bits: int, n: int, dtype: torch.dtype, levels: str = "g
     return unpack_codes(fields, n, bits, levels_of(bits, levels), dtype) * scale.to(dtype)
 
 
-@cache
 def levels_of(bits: int, levels: str) -> tuple[float, ...]:
     """What each code of 1 to 4 bits stands for, in units of the scale: the positive levels, then the negative ones."""
-    positive = _positive_levels(bits, levels)
-    return positive + tuple(-level for level in positive)
+    return _LEVELS[levels, bits]
 
 
-@cache
 def thresholds_of(bits: int, levels: str) -> tuple[float, ...]:
     """What lies half way between neighbouring positive levels."""
-    return tuple((lower + upper) / 2 for lower, upper in itertools.pairwise(_positive_levels(bits, levels)))
-
-
-def _positive_levels(bits: int, levels: str) -> tuple[float, ...]:
-    """The levels above zero, in units of the scale; those below mirror them."""
-    if levels == "gaussian":
-        return _GAUSSIAN_LEVELS[bits]
-    count = 2 ** (bits - 1)
-    return tuple((i + 0.5) / (count - 0.5) for i in range(count))
+    return _THRESHOLDS[levels, bits]
 
 
 def _greatest(x: Tensor) -> Tensor:

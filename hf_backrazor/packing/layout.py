@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
@@ -44,7 +45,7 @@ class Layout(ABC):
         """Whether not even the elements of greatest magnitude are kept exactly."""
         return False
 
-    @property
+    @cached_property
     def matrix(self) -> tuple[int, int]:
         """Rows and columns of the tensor seen as a matrix, its last dimension in the columns."""
         width = self.shape[-1] if self.shape else 1

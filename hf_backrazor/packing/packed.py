@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 
 import torch
@@ -59,39 +60,39 @@ class SparseLayout(Layout):
     dtype: torch.dtype
     spec: PackSpec
 
-    @property
+    @cached_property
     def sliceable(self) -> bool:
         """See `Layout.sliceable`."""
         return self.spec.granularity == "row" or self.whole
 
-    @property
+    @cached_property
     def whole(self) -> bool:
         """Whether the tensor is kept as it is."""
         return self.kept > 0 and self.coding == "none" and self.value_dtype == self.dtype and not self.spec.centred
 
-    @property
+    @cached_property
     def sets(self) -> int:
         """Number of sets that top-k runs over."""
         if self.spec.granularity == "tensor" or len(self.shape) < 2:
             return 1
         return self.shape[0] if self.spec.granularity == "sample" else prod(self.shape[:-1])
 
-    @property
+    @cached_property
     def set_size(self) -> int:
         """Elements in each set."""
         return prod(self.shape) // self.sets if self.sets else 0
 
-    @property
+    @cached_property
     def kept(self) -> int:
         """Elements kept exactly in each set."""
         return kept_count(self.set_size, self.spec.sparsity)
 
-    @property
+    @cached_property
     def coding(self) -> str:
         """How the places of the kept elements are stored: see `index_coding`."""
         return index_coding(self.set_size, self.kept)
 
-    @property
+    @cached_property
     def value_dtype(self) -> torch.dtype:
         """dtype that kept values are stored in."""
         wanted = self.spec.value_dtype
@@ -104,7 +105,7 @@ class SparseLayout(Layout):
         wanted = getattr(torch, wanted)
         return wanted if wanted.itemsize < self.dtype.itemsize else self.dtype
 
-    @property
+    @cached_property
     def group(self) -> int:
         """Rows that share a mean: the second-to-last dimension."""
         return self.shape[-2] if len(self.shape) > 1 else 1
@@ -146,7 +147,7 @@ class SparseLayout(Layout):
         levels = levels_of(self.spec.bits, self.spec.levels)
         return decode_integers(fields, self.matrix[1], self.spec.bits, levels, scale, self.kept_parts(parts))
 
-    @property
+    @cached_property
     def keeps_floats_by_row(self) -> bool:
         """Whether each row is a set of its own, of which some elements are kept as floats, or none."""
         some = self.coding != "none" and self.value_dtype != torch.int8
@@ -156,7 +157,7 @@ class SparseLayout(Layout):
         """The elements kept exactly, of a layout that `keeps_floats_by_row` and is not centred."""
         return Kept(parts[0], parts[1], self.coding) if self.kept else None
 
-    @property
+    @cached_property
     def _compilable(self) -> bool:
         """Whether `kernels.rows` knows such layouts: something is selected or coded, and codes go by rows."""
         selects = self.coding != "none" or (self.kept == 0 and self.spec.bits > 0)
@@ -178,7 +179,7 @@ class SparseLayout(Layout):
         scale, fields = parts[-2:] if self.spec.bits else (None, None)
         return values, index, scale, fields
 
-    @property
+    @cached_property
     def by_row(self) -> bool:
         """Whether each row is a set of its own."""
         return self.sets == self.matrix[0]

@@ -10,8 +10,6 @@ from torch import Tensor
 _INTEGER_OF_WIDTH = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-# A constant to the compiler: with several sparsities in one model it would trace them as one symbol.
-@torch.compiler.assume_constant_result
 def kept_count(n: int, sparsity: float) -> int:
     """How many of `n` elements are kept exactly: `n - floor(n * sparsity)`, so at least one below sparsity 1."""
     # Rounded first: 100 * 0.57 is 56.99999999999999 in binary.
