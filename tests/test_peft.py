@@ -85,7 +85,7 @@ def test_lora_then_razor(name: str) -> None:
         assert list(razor.state_dict()) == keys
         assert {key for key, p in razor.named_parameters() if p.requires_grad} == trained
         razor_loss, found, razor_gradients = step(razor, batch)
-        assert torch.equal(razor_loss, loss)
+        torch.testing.assert_close(razor_loss, loss)  # language models': up to the order of summation
         assert torch.equal(found, expected)
         assert razor_gradients.keys() == trained
         if config.sparsity == 0:
