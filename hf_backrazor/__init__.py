@@ -9,28 +9,61 @@ __version__ = "0.1.0.dev0"
 
 # Public name -> the module it lives in. Imported on first use: `import hf_backrazor` does not pay for Transformers.
 _EXPORTS = {
+    "AutoRazorModel": "auto",
+    "AutoRazorModelForCausalLM": "auto",
+    "AutoRazorModelForImageClassification": "auto",
+    "AutoRazorModelForMaskedLM": "auto",
+    "AutoRazorModelForQuestionAnswering": "auto",
+    "AutoRazorModelForSeq2SeqLM": "auto",
+    "AutoRazorModelForSequenceClassification": "auto",
+    "AutoRazorModelForTokenClassification": "auto",
     "MemoryReport": "report",
+    "RazorCallback": "callback",
     "RazorConfig": "config",
     "RazorModel": "model",
     "SavedBytes": "report",
+    "StepMemory": "estimate",
     "estimate_saved_bytes": "estimate",
+    "estimate_step_memory": "estimate",
     "get_razor_model": "model",
     "measure_saved_bytes": "report",
 }
 
 if TYPE_CHECKING:
+    from .auto import (
+        AutoRazorModel,
+        AutoRazorModelForCausalLM,
+        AutoRazorModelForImageClassification,
+        AutoRazorModelForMaskedLM,
+        AutoRazorModelForQuestionAnswering,
+        AutoRazorModelForSeq2SeqLM,
+        AutoRazorModelForSequenceClassification,
+        AutoRazorModelForTokenClassification,
+    )
+    from .callback import RazorCallback
     from .config import RazorConfig
-    from .estimate import estimate_saved_bytes
+    from .estimate import StepMemory, estimate_saved_bytes, estimate_step_memory
     from .model import RazorModel, get_razor_model
     from .report import MemoryReport, SavedBytes, measure_saved_bytes
 
 __all__ = [
+    "AutoRazorModel",
+    "AutoRazorModelForCausalLM",
+    "AutoRazorModelForImageClassification",
+    "AutoRazorModelForMaskedLM",
+    "AutoRazorModelForQuestionAnswering",
+    "AutoRazorModelForSeq2SeqLM",
+    "AutoRazorModelForSequenceClassification",
+    "AutoRazorModelForTokenClassification",
     "MemoryReport",
+    "RazorCallback",
     "RazorConfig",
     "RazorModel",
     "SavedBytes",
+    "StepMemory",
     "__version__",
     "estimate_saved_bytes",
+    "estimate_step_memory",
     "get_razor_model",
     "measure_saved_bytes",
 ]

@@ -12,9 +12,11 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+import regex
 from huggingface_hub import hf_hub_download
 from transformers.utils import PushToHubMixin
 
@@ -23,8 +25,11 @@ from .targets import match_pattern
 
 RAZOR_CONFIG_NAME = "razor_config.json"
 
-# Patterns may come from a file on the Hub. No module name needs one that long.
+# All of these may come from a file on the Hub. No model needs patterns that long, so many of them, or a file that big.
 MAX_PATTERN_LENGTH = 1000
+MAX_REPETITIONS = 10_000
+MAX_ENTRIES = 1000
+MAX_FILE_BYTES = 2**20
 
 PER_OPERATOR_FIELDS = (
     "sparsity",
@@ -248,6 +253,13 @@ class RazorConfig(PushToHubMixin):
         if push_to_hub:
             self.push_to_hub(**kwargs)
 
+    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        # Where `PushToHubMixin` uploads; the card that it writes is one of a model.
+        from .model_card import write_section
+
+        write_section(working_dir, self, None, {}, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
     @classmethod
     def from_pretrained(
         cls: type[Config],
@@ -295,6 +307,8 @@ class RazorConfig(PushToHubMixin):
             except (OSError, ValueError) as error:
                 raise OSError(f"cannot get {RAZOR_CONFIG_NAME} of {str(name_or_path)!r}: {error}") from error
         try:
+            if (size := os.path.getsize(file)) > MAX_FILE_BYTES:
+                raise ValueError(f"it has {size} bytes, more than {MAX_FILE_BYTES}")
             data = json.loads(Path(file).read_bytes())
             return cls.from_dict({**data, **changes} if isinstance(data, dict) else data)
         except (ValueError, RecursionError) as error:
@@ -315,23 +329,27 @@ def _is_index(value: Any) -> bool:
 
 
 def _is_pattern(value: Any) -> bool:
-    # May raise what re.compile does; `_require` passes the reason on.
-    return isinstance(value, str) and 0 < len(value) <= MAX_PATTERN_LENGTH and bool(re.compile(value))
+    # May raise what compiling does; `_require` passes the reason on.
+    if not (isinstance(value, str) and 0 < len(value) <= MAX_PATTERN_LENGTH and re.compile(value)):
+        return False
+    # `regex`, which will match it (see `targets`), writes out repetitions: ((a{1000}){1000}){1000} takes gigabytes.
+    repetitions = prod(int(count) for count in re.findall(r"(\d+)}", value))
+    return repetitions <= MAX_REPETITIONS and bool(regex.compile(value))
 
 
 def _is_modules(value: Any) -> bool:
     if isinstance(value, list):
-        return all(isinstance(item, str) and item for item in value)
+        return len(value) <= MAX_ENTRIES and all(isinstance(item, str) and item for item in value)
     return value is None or _is_pattern(value)
 
 
 def _is_layers(value: Any) -> bool:
     if isinstance(value, list):
-        return value != [] and all(map(_is_index, value))
+        return 0 < len(value) <= MAX_ENTRIES and all(map(_is_index, value))
     return value is None or _is_index(value)
 
 
-_PATTERN = f"a valid regular expression of 1 to {MAX_PATTERN_LENGTH} characters"
+_PATTERN = f"a valid regular expression of 1 to {MAX_PATTERN_LENGTH} characters, repetitions below {MAX_REPETITIONS}"
 _TEXT = (lambda value: value is None or isinstance(value, str), "a string or None")
 
 # Field -> whether a value is legal, and what is, in words. Of Literal fields, the type says it.
@@ -342,14 +360,17 @@ _LEGAL: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "target_modules": (
         lambda value: value != [] and _is_modules(value),
-        f"a list of 1 or more names, {_PATTERN}, or None",
+        f"a list of 1 to {MAX_ENTRIES} names, {_PATTERN}, or None",
     ),
-    "exclude_modules": (_is_modules, f"a list of names, {_PATTERN}, or None"),
-    "layers_to_transform": (_is_layers, "an integer of at least 0, a list of at least one of these, or None"),
+    "exclude_modules": (_is_modules, f"a list of at most {MAX_ENTRIES} names, {_PATTERN}, or None"),
+    "layers_to_transform": (_is_layers, f"an integer of at least 0, a list of 1 to {MAX_ENTRIES} of these, or None"),
     "min_numel": (_is_index, "an integer of at least 0"),
     "base_model_name_or_path": _TEXT,
     "revision": _TEXT,
-    "overrides": (lambda value: isinstance(value, Mapping), "a dict from patterns to dicts of fields"),
+    "overrides": (
+        lambda value: isinstance(value, Mapping) and len(value) <= MAX_ENTRIES,
+        f"a dict from at most {MAX_ENTRIES} patterns to dicts of fields",
+    ),
 } | {
     name: (partial(_is_among, get_args(hint)), _one_of(get_args(hint)))
     for name, hint in get_type_hints(RazorConfig).items()
@@ -390,7 +411,7 @@ def _require(what: str, value: Any, is_legal: Callable[[Any], bool], legal: str)
     try:
         if is_legal(value):
             return
-    except (re.error, OverflowError, RecursionError) as error:
+    except (re.error, regex.error, OverflowError, RecursionError) as error:
         reason = f" ({error})"
     raise ValueError(f"{what}={_short(value)} is not legal{reason}: expected {legal}")
 

@@ -1,17 +1,21 @@
-"""What a forward will save for backward, known before there is a batch, or memory to run it."""
+"""What a training step will take, known before there is a batch, or memory to run it."""
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
-from .report import SavedBytes, record_saved_bytes
+from .live_memory import LiveMemory
+from .report import SavedBytes, record_saved_bytes, undisturbed
 
 
 def estimate_saved_bytes(
@@ -35,14 +39,98 @@ def estimate_saved_bytes(
     Raises:
         ValueError: the model's forward has no input of a name in `batch_shape`.
     """
+    with _on_fake_tensors(model, batch_shape, labels) as fake:
+        call = functools.partial(functional_call, model, fake.state, (), {**fake.batch, **fake.options})
+        return record_saved_bytes(model, fake.known, call)
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """What a training step holds at its peak, in bytes.
+
+    Attributes:
+        weights: parameters and buffers.
+        optimizer: the optimizer's state.
+        step: what forward and backward hold at most at a time: activations and gradients, as these come and go.
+    """
+
+    weights: int
+    optimizer: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        """All three."""
+        return self.weights + self.optimizer + self.step
+
+
+def estimate_step_memory(
+    model: nn.Module,
+    batch_shape: Sequence[int] | Mapping[str, Sequence[int]],
+    optimizer_states: int = 2,
+) -> StepMemory:
+    """What a training step of `model` holds at its peak, from shapes alone.
+
+    Forward and backward run on fake tensors, as for `estimate_saved_bytes`, and every tensor counts while it lives.
+    Gradients are made by backward, as after `optimizer.zero_grad()`. Left out are what single operators need inside,
+    what the allocator wastes, and what the optimizer's step allocates.
+
+    Args:
+        model: a Transformers or PEFT model that computes its loss, dense or razor, with or without activation
+            checkpointing.
+        batch_shape: as for `estimate_saved_bytes`.
+        optimizer_states: tensors that the optimizer holds for each parameter that is trained: 2 for AdamW, 1 for SGD
+            with momentum, 0 for SGD.
+
+    Raises:
+        ValueError: the model's forward has no input of a name in `batch_shape`, or computes no loss.
+    """
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    with _on_fake_tensors(model, batch_shape, labels=True) as fake, undisturbed(model), torch.enable_grad():
+        state = {f"model.{name}": x for name, x in fake.state.items()}
+        with LiveMemory(fake.known) as live:
+            functional_call(_Step(model), state, (), {**fake.batch, **fake.options})
+    weights = sum(x.nbytes for x in fake.state.values())
+    return StepMemory(weights, optimizer_states * trained, live.peak)
+
+
+class _Step(nn.Module):
+    """Forward and backward in one call, for which the model has the parameters that it is called with."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch: Any) -> None:
+        loss = getattr(self.model(**batch), "loss", None)
+        if loss is None:
+            raise ValueError(f"{type(self.model).__name__} computes no loss: expected a model with a head for a task")
+        loss.backward()
+
+
+class _FakeBatch(NamedTuple):
+    state: dict[str, Tensor]
+    batch: dict[str, Tensor]
+    options: dict[str, Any]
+
+    @property
+    def known(self) -> list[Tensor]:
+        """What is there before the step."""
+        return [*self.state.values(), *self.batch.values()]
+
+
+@contextmanager
+def _on_fake_tensors(
+    model: nn.Module, batch_shape: Sequence[int] | Mapping[str, Sequence[int]], labels: bool
+) -> Iterator[_FakeBatch]:
+    """A context in which tensors are fake; fake parameters and buffers of `model`, and a batch for it."""
     shapes = dict(batch_shape) if isinstance(batch_shape, Mapping) else {_main_input(model): tuple(batch_shape)}
     accepted = inspect.signature(_forward_of(model)).parameters
     for name in shapes:
         if name not in accepted:
             raise ValueError(f"{type(model).__name__} has no input {name!r}: expected some of {', '.join(accepted)}")
-    if labels and "labels" in accepted and "labels" not in shapes:
-        main = shapes[_main_input(model)]
-        shapes["labels"] = tuple(main) if _predicts_tokens(model) else (main[0],)
+    if labels:
+        shapes.update((name, shape) for name, shape in _label_shapes(model, shapes) if name in accepted)
 
     floating = next((p for p in model.parameters() if p.is_floating_point()), None)
     dtype = torch.float32 if floating is None else floating.dtype
@@ -54,11 +142,19 @@ def estimate_saved_bytes(
             name: torch.empty(tuple(shape), device=device, dtype=dtype if name in _FLOATING else torch.int64)
             for name, shape in shapes.items()
         }
-        known = [*state.values(), *batch.values()]
         # With neither cache nor mask, Transformers looks at the position ids for packed sequences; on fake tensors it
         # cannot, and makes a mask of length x length that a real forward does without. The cache itself is not saved.
         options = {"use_cache": True} if "use_cache" in accepted else {}
-        return record_saved_bytes(model, known, lambda: functional_call(model, state, (), {**batch, **options}))
+        yield _FakeBatch(state, batch, options)
+
+
+def _label_shapes(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Shapes of the labels that such a model may take and that are not among `shapes`."""
+    main = shapes[_main_input(model)]
+    each = tuple(main) if _predicts_tokens(model) else (main[0],)
+    for name, shape in (("labels", each), ("start_positions", (main[0],)), ("end_positions", (main[0],))):
+        if name not in shapes:
+            yield name, shape
 
 
 _FLOATING = ("pixel_values", "input_features", "input_values", "inputs_embeds")
@@ -84,4 +180,6 @@ def _forward_of(model: nn.Module) -> Any:
 
 def _predicts_tokens(model: nn.Module) -> bool:
     base = _base(model)
+    if "TokenClassification" in type(base).__name__:
+        return True
     return hasattr(base, "get_output_embeddings") and base.get_output_embeddings() is not None

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
 from .config import RazorConfig
 from .extension import Extension, extend, restore
+from .model_card import TAG, write_section
 from .modules import OPERATORS, RazorLMHead, RazorModule
 from .report import MemoryReport, measure_saved_bytes
 from .targets import matches_target, unmatched_targets
@@ -48,6 +51,9 @@ class RazorModel(Extension, _Module):
                 module.uninstall()
             elif isinstance(module, RazorModel):
                 del module.razor_config
+                module.__dict__.pop("_razor_report", None)
+                if TAG in (tags := module.__dict__.get("model_tags") or []):
+                    tags.remove(TAG)
                 restore(module)
         return self
 
@@ -73,7 +79,8 @@ class RazorModel(Extension, _Module):
         """
         with self.disable_razor():
             dense = measure_saved_bytes(self, **batch)
-        return MemoryReport.of(self, dense, measure_saved_bytes(self, **batch))
+        self._razor_report = MemoryReport.of(self, dense, measure_saved_bytes(self, **batch))
+        return self._razor_report
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As the plain model's; `razor_config.json` goes beside the weights."""
@@ -81,6 +88,33 @@ class RazorModel(Extension, _Module):
         if kwargs.get("is_main_process", True):
             self.razor_config.save_pretrained(save_directory)
         return result
+
+    def create_or_update_model_card(
+        self,
+        output_dir: str | os.PathLike[str],
+        metrics: Mapping[str, float] | None = None,
+        repo_id: str | None = None,
+    ) -> None:
+        """Write into the model card in `output_dir` how the model was trained: settings, memory, metrics, how to go on.
+
+        `push_to_hub` does so by itself; this is for cards that others write, such as Trainer's. What the last
+        `memory_report` measured goes into it.
+
+        Args:
+            output_dir: folder of `README.md`, which is made if it is not there. Its other text and metadata stay.
+            metrics: name -> value, to be shown.
+            repo_id: what to load the model by (default: the name of the folder).
+        """
+        if hasattr(super(), "create_or_update_model_card"):  # PEFT's
+            super().create_or_update_model_card(output_dir)
+        name = repo_id or Path(output_dir).resolve().name
+        write_section(output_dir, self.razor_config, self.__dict__.get("_razor_report"), metrics or {}, name)
+
+    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        # Where both ways of `PushToHubMixin` to the Hub meet, when all other files are written.
+        self.razor_config.save_pretrained(working_dir)
+        self.create_or_update_model_card(working_dir, repo_id=repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 
 def get_razor_model(model: Model, config: RazorConfig | None = None) -> Model:
@@ -108,12 +142,12 @@ def get_razor_model(model: Model, config: RazorConfig | None = None) -> Model:
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
 
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    heads = _heads(model)
     replaced: dict[str, tuple[nn.Module, type[RazorModule]]] = {}
     skipped: dict[str, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
         operator = next((operator for operator in OPERATORS if operator.handles(module)), None)
-        if module is head and RazorLMHead.handles(module):
+        if module in heads and RazorLMHead.handles(module):
             operator = RazorLMHead
         if operator is not None and not name:
             skipped["its forward is that of the model itself"].append(type(module).__name__)
@@ -144,8 +178,18 @@ def get_razor_model(model: Model, config: RazorConfig | None = None) -> Model:
     for prepared in (model, *inner):
         extend(prepared, RazorModel)
         prepared.razor_config = config
+        if hasattr(prepared, "add_model_tags"):  # of cards that Trainer writes
+            prepared.add_model_tags(TAG)
     model._razor_watch = watch_first_forward(model)
     return model
+
+
+def _heads(model: nn.Module) -> set[nn.Module | None]:
+    """The layers that give a language model's logits."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    # In PEFT's `modules_to_save` each adapter has a copy, beside the original.
+    copies = getattr(head, "modules_to_save", None)
+    return {head} if copies is None else {head.original_module, *copies.values()}
 
 
 def _enumerate(names: list[str], limit: int = 5) -> str:

@@ -42,7 +42,8 @@ class ModuleMemory:
     Attributes:
         name: as in `named_modules()`.
         kind: kind of operator (`"linear"`, `"norm"`, `"activation"`, `"dropout"`, `"attention"`), or `"other"`.
-        dense_bytes, razor_bytes: saved for backward without and with razor.
+        dense_bytes: saved for backward without razor.
+        razor_bytes: saved for backward with razor.
         elements: of the tensors that are saved without razor.
     """
 
@@ -149,31 +150,54 @@ def measure_saved_bytes(model: nn.Module, **batch: Any) -> SavedBytes:
     Args:
         batch: the arguments of the model's forward.
     """
-    known = [*model.parameters(), *model.buffers(), *(x for x in tree_leaves(batch) if isinstance(x, Tensor))]
-    return record_saved_bytes(model, known, lambda: model(**batch))
+    return record_saved_bytes(model, _there_before(model, batch), lambda: model(**batch))
 
 
 def record_saved_bytes(model: nn.Module, known: Iterable[Tensor], forward: Callable[[], Any]) -> SavedBytes:
     """Run `forward`, a forward of `model` in training mode, and count what it saves besides `known`."""
-    seen = {_storage_key(x) for x in known}
     by_module: dict[str, int] = defaultdict(int)
     elements: dict[str, int] = defaultdict(int)
     running: list[str] = [""]
 
-    def note(x: Tensor) -> Tensor:
-        key = _storage_key(x)
-        if key not in seen:
-            seen.add(key)
-            by_module[running[-1]] += x.untyped_storage().nbytes()
-            elements[running[-1]] += x.untyped_storage().nbytes() // x.element_size()
-        # Returned as it is, the tensor stays alive with the graph, so no later storage can take its address.
-        return x
+    def note(x: Tensor) -> None:
+        by_module[running[-1]] += x.untyped_storage().nbytes()
+        elements[running[-1]] += x.untyped_storage().nbytes() // x.element_size()
 
-    with _undisturbed(model), _following(model, running), saved_tensors_hooks(note, lambda x: x), torch.enable_grad():
+    with undisturbed(model), _following(model, running), _noting_saved(note, known), torch.enable_grad():
         # The result holds the graph until all is counted.
         result = forward()
     del result
     return SavedBytes(dict(by_module), dict(elements))
+
+
+@contextmanager
+def counting_saved_bytes(model: nn.Module, batch: Any) -> Iterator[list[int]]:
+    """Inside this context, a forward of `model` that runs anyhow appends the bytes of each tensor that it saves.
+
+    Args:
+        batch: what the model is called with; its tensors are not counted, nor are parameters and buffers.
+    """
+    sizes: list[int] = []
+    with _noting_saved(lambda x: sizes.append(x.untyped_storage().nbytes()), _there_before(model, batch)):
+        yield sizes
+
+
+def _there_before(model: nn.Module, batch: Any) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers(), *(x for x in tree_leaves(batch) if isinstance(x, Tensor))]
+
+
+def _noting_saved(note: Callable[[Tensor], None], known: Iterable[Tensor]) -> saved_tensors_hooks:
+    """A context that calls `note` for every tensor that is saved and not `known`, once for each storage."""
+    seen = {_storage_key(x) for x in known}
+
+    def pack(x: Tensor) -> Tensor:
+        if (key := _storage_key(x)) not in seen:
+            seen.add(key)
+            note(x)
+        # Returned as it is, the tensor stays alive with the graph, so no later storage can take its address.
+        return x
+
+    return saved_tensors_hooks(pack, lambda x: x)
 
 
 def _storage_key(x: Tensor) -> int:
@@ -196,7 +220,7 @@ def _following(model: nn.Module, running: list[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Training mode inside; mode, buffers and random state of the model's devices as before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]

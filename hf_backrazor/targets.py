@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
+
+import regex
+
+# A pattern may come from a file on the Hub, and some take time that is exponential in the length of a name.
+MATCH_SECONDS = 1.0
 
 
 class Targets(Protocol):
@@ -58,8 +62,7 @@ def match_pattern(pattern: str, name: str) -> bool:
     """Whether the regex `pattern` matches all of `name`, or all that follows one of its dots."""
     # As PEFT reads rank_pattern, but not put into a longer pattern: "(?i)" is legal only at the start of one.
     parts = name.split(".")
-    compiled = re.compile(pattern)
-    return any(compiled.fullmatch(".".join(parts[i:])) for i in range(len(parts)))
+    return any(_fullmatch(pattern, ".".join(parts[i:])) for i in range(len(parts)))
 
 
 def layer_index(name: str) -> int | None:
@@ -69,8 +72,19 @@ def layer_index(name: str) -> int | None:
 
 def _is_listed(modules: list[str] | str, name: str) -> bool:
     if isinstance(modules, str):
-        return re.fullmatch(modules, name) is not None
+        return _fullmatch(modules, name)
     return any(_is_entry(entry, name) for entry in modules)
+
+
+def _fullmatch(pattern: str, name: str) -> bool:
+    # `regex` in place of `re`: it reads the same patterns, and can stop.
+    try:
+        return regex.fullmatch(pattern, name, timeout=MATCH_SECONDS) is not None
+    except TimeoutError:
+        raise ValueError(
+            f"the pattern {pattern!r} takes more than {MATCH_SECONDS:g} s to compare with the module name {name!r}: "
+            "write it without repetitions inside of repetitions"
+        ) from None
 
 
 def _is_entry(entry: str, name: str) -> bool:

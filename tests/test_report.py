@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +13,15 @@ from architectures import make
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from hf_backrazor import RazorConfig, estimate_saved_bytes, get_razor_model, measure_saved_bytes
+from hf_backrazor import (
+    RazorConfig,
+    estimate_saved_bytes,
+    estimate_step_memory,
+    get_razor_model,
+    measure_saved_bytes,
+)
+from hf_backrazor.kernels.library import torch_only
+from hf_backrazor.packing.bits import byte_table
 
 PRESETS = {"dense": None, "balanced": RazorConfig(), "paper": RazorConfig.preset("paper")}
 
@@ -57,6 +68,18 @@ def test_estimate_of_a_model_with_adapters() -> None:
     assert estimate_saved_bytes(model, tuple(batch["input_ids"].shape)) == measure_saved_bytes(model, **batch)
 
 
+def test_a_model_trains_after_it_was_estimated_on_fake_tensors() -> None:
+    """Nothing fake is left behind, such as tables that are made once."""
+    model, batch = make("bert")
+    get_razor_model(model)
+    shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
+    with torch_only():
+        byte_table.cache_clear()
+        estimate_step_memory(model, shapes)
+        model(**batch).loss.backward()
+    assert all(type(p.grad) is torch.Tensor for p in model.parameters() if p.grad is not None)
+
+
 def test_an_unknown_input_is_named() -> None:
     model, _ = make("bert")
     with pytest.raises(ValueError, match=r"BertForSequenceClassification has no input 'pixels': .*input_ids"):
@@ -92,3 +115,61 @@ def test_report_counts_bits_for_each_element_that_dense_training_saves() -> None
         if row.elements:
             assert row.bits_per_element == 8 * row.razor_bytes / row.elements
     assert "bits/element" in str(report)
+
+
+PEAK = """
+import sys, warnings
+sys.path.insert(0, sys.argv[1])
+warnings.simplefilter("ignore")
+from peak_memory import peak_over_idle, return_freed_memory
+return_freed_memory()
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+from hf_backrazor import estimate_step_memory, get_razor_model
+size = {"hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 2048, "num_hidden_layers": 4}
+model = BertForSequenceClassification(BertConfig(vocab_size=2000, **size)).train()
+if sys.argv[2] == "razor":
+    get_razor_model(model)
+elif sys.argv[2] == "checkpointing":
+    model.gradient_checkpointing_enable()
+batch = {"input_ids": torch.randint(2000, (16, 256)), "labels": torch.randint(2, (16,))}
+
+def step():
+    model(**batch).loss.backward()
+    model.zero_grad()
+
+step()
+print(estimate_step_memory(model, (16, 256)).step / 2**20, peak_over_idle(step))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's high-water mark")
+@pytest.mark.parametrize("way", ["dense", "checkpointing", "razor"])
+def test_step_memory_is_the_peak_of_a_real_step(way: str) -> None:
+    recipes = Path(__file__).parent.parent / "recipes"
+    run = subprocess.run([sys.executable, "-c", PEAK, recipes, way], capture_output=True, text=True, check=True)
+    estimated, measured = map(float, run.stdout.split())
+    # Beside the tensors there are threads' buffers of matrix products.
+    assert estimated == pytest.approx(measured, rel=0.1, abs=15)
+
+
+def test_step_memory_counts_weights_and_the_optimizers_states() -> None:
+    model, batch = make("gpt2")
+    shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
+    size = sum(p.nbytes for p in model.parameters())
+    memory = estimate_step_memory(model, shapes)
+    assert memory.optimizer == 2 * size
+    assert memory.weights >= size
+    assert memory.total == memory.weights + memory.optimizer + memory.step
+    assert memory.step >= size  # gradients at least
+    assert estimate_step_memory(model, shapes, optimizer_states=0).optimizer == 0
+    lora = get_peft_model(model, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+    trained = sum(p.nbytes for p in lora.parameters() if p.requires_grad)
+    assert estimate_step_memory(lora, shapes).optimizer == 2 * trained
+
+
+def test_step_memory_needs_a_loss() -> None:
+    model, batch = make("bert")
+    with pytest.raises(ValueError, match="BertModel computes no loss"):
+        estimate_step_memory(model.bert, tuple(batch["input_ids"].shape))

@@ -37,7 +37,9 @@ def recomputed_attention(
 
     Args:
         attend: `attend(query, key, value, *others)` gives the output.
-        query, key, value: float, `(batch, heads, length, head_dim)`.
+        query: float, `(batch, heads, length, head_dim)`.
+        key: float, as `query`; its heads and length may differ.
+        value: float, as `key`.
         others: all other tensors that `attend` depends on (masks, position biases, sinks). Masks are packed (see
             `pack_mask`), the rest is saved as it is; those that require a gradient get one.
         spec: how q, k and v are packed.
@@ -125,7 +127,8 @@ def sparse_attention(
             one call of `torch.nn.functional.dropout` on the probabilities, as it is in eager attention and in SDPA's
             math path.
         query: float, `(batch, heads, length, head_dim)`.
-        key, value: float, `(batch, kv_heads, kv_length, head_dim)`, with `heads` a multiple of `kv_heads`.
+        key: float, `(batch, kv_heads, kv_length, head_dim)`, with `heads` a multiple of `kv_heads`.
+        value: as `key`.
         mask: bool (true: attend) or float (added; may require a gradient), broadcastable to `(batch, heads, length,
             kv_length)`, or None.
         scaling: of the scores.

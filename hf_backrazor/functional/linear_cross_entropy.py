@@ -42,7 +42,9 @@ def linear_cross_entropy(
         bias: `(classes,)` or None.
         labels: `(tokens,)`, int64.
         elementwise: what happens to the logits before the loss, such as a soft cap; None: nothing.
-        ignore_index, label_smoothing, reduction: see `torch.nn.functional.cross_entropy`.
+        ignore_index: see `torch.nn.functional.cross_entropy`.
+        label_smoothing: see there.
+        reduction: see there.
 
     Returns:
         The loss, in float32 or wider: a scalar, or `(tokens,)` for the reduction `"none"`.

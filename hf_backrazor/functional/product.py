@@ -17,7 +17,8 @@ def product(x: Tensor, y: Tensor, spec: PackSpec) -> Tensor:
     What consumes the product restores it from the same two copies.
 
     Args:
-        x, y: float, of the same shape and dtype.
+        x: float.
+        y: float, of the same shape and dtype.
         spec: how they are packed, where no other operator's copy serves (see `pack_shared`).
     """
     left, right = pack_shared(x, spec), pack_shared(y, spec)

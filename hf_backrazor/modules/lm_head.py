@@ -33,7 +33,7 @@ class RazorLMHead(RazorLinear):
     @classmethod
     def handles(cls, module: nn.Module) -> bool:
         """See `RazorModule.handles`."""
-        return RazorLinear.handles(module) and not hasattr(module.weight, "ds_id")
+        return RazorLinear.handles(module)
 
     # The compiler traces the plain head: it knows nothing of a tensor that is not there yet.
     __call__ = nn.Module.__call__
@@ -42,14 +42,23 @@ class RazorLMHead(RazorLinear):
         """As the plain module; in training the logits are computed when they are needed."""
         if torch.compiler.is_compiling():
             return self.plain_class.forward(self, x)
-        # Sharded weights (FSDP2) are gone when the loss needs them.
-        if isinstance(self, FSDPModule) or not self.razor_active(x, self.weight) or not self.worth_packing(x):
+        if not self.razor_active(x, self.weight) or not self.worth_packing(x) or _leaves_after_forward(self):
             return super().forward(x)
         return LazyLogits(x, self.weight, self.bias)
 
     def razor_repr(self) -> str:
         """See `RazorModule.razor_repr`."""
         return "razor=loss in tiles, logits on demand"
+
+
+def _leaves_after_forward(head: nn.Module) -> bool:
+    """Whether the head's weight is gone, as it is sharded, when the loss needs it."""
+    if hasattr(head.weight, "ds_id"):  # ZeRO-3
+        return True
+    if not isinstance(head, FSDPModule):  # FSDP2 leaves what it gathered with the model itself
+        return False
+    group = getattr(head._get_fsdp_state(), "_fsdp_param_group", None)
+    return getattr(group, "_reshard_after_forward", True)
 
 
 class LazyLogits(Tensor):
@@ -60,12 +69,14 @@ class LazyLogits(Tensor):
         weight: `(classes, features)`.
         bias: `(classes,)` or None.
         steps: the elementwise functions that make up f.
+        before_backward: hooks of FSDP2 that gather the weight before its gradient is computed.
     """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
     steps: tuple[Callable[[Tensor], Tensor], ...]
+    before_backward: list[Callable[[Tensor], Tensor]]
 
     @staticmethod
     def __new__(
@@ -85,6 +96,7 @@ class LazyLogits(Tensor):
         self.hidden, self.weight, self.bias, self.steps = hidden, weight, bias, steps
         # The loss may be computed, and the logits asked for, outside of the autocast that the head was called in.
         self.autocast = current_autocast(hidden.device.type)
+        self.before_backward = []
         self._dense = None
         return self
 
@@ -104,7 +116,7 @@ class LazyLogits(Tensor):
 
     def _with(self, hidden: Tensor, steps: tuple[Callable[[Tensor], Tensor], ...], dtype: torch.dtype) -> LazyLogits:
         result = LazyLogits(hidden, self.weight, self.bias, steps, dtype)
-        result.autocast = self.autocast
+        result.autocast, result.before_backward = self.autocast, self.before_backward
         return result
 
     def then(self, step: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> LazyLogits:
@@ -118,13 +130,38 @@ class LazyLogits(Tensor):
     def compute(self, asked_by: str) -> Tensor:
         """The dense logits, computed once, and part of the graph."""
         if self._dense is None:
+            self._require_weight()
             logger.warning_once(
                 f"the logits of the head with {self.weight.shape[0]} outputs are computed whole, as `{asked_by}` asks "
                 "for them; `torch.nn.functional.cross_entropy` over class numbers does without"
             )
             with self.autocast:
                 self._dense = self.elementwise(F.linear(self.hidden, self.weight, self.bias))
+            self._gather_before_backward_of(self._dense)
         return self._dense
+
+    def loss(self, labels: Tensor, ignore_index: int, label_smoothing: float, reduction: str) -> Tensor:
+        """Their cross entropy; see `linear_cross_entropy`."""
+        self._require_weight()
+        hidden = self.hidden.reshape(-1, self.hidden.shape[-1])
+        options = (self.loss_elementwise, ignore_index, label_smoothing, reduction)
+        with self.autocast:
+            loss = linear_cross_entropy(hidden, self.weight, self.bias, labels.reshape(-1), *options)
+        self._gather_before_backward_of(loss)
+        return loss
+
+    def _require_weight(self) -> None:
+        if self.weight.untyped_storage().size() == 0 < self.weight.numel():
+            raise RuntimeError(
+                f"the logits of the head with {self.weight.shape[0]} outputs are asked for when FSDP2 has sharded its "
+                "weight again; give the model labels, so that it takes the loss in its forward, or read the logits "
+                "before backward and leave `reshard_after_forward` of the whole model at None"
+            )
+
+    def _gather_before_backward_of(self, result: Tensor) -> None:
+        if result.requires_grad:
+            for hook in self.before_backward:
+                result.register_hook(hook)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -156,7 +193,7 @@ class LazyLogits(Tensor):
 
 _METADATA = frozenset(
     (
-        *("shape", "dtype", "device", "layout", "ndim", "names", "requires_grad", "is_leaf", "grad_fn"),
+        *("shape", "dtype", "device", "layout", "ndim", "names", "requires_grad", "is_leaf", "grad_fn", "_base"),
         *("is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "is_sparse", "is_quantized", "is_nested"),
         *("size", "dim", "numel", "nelement", "__len__", "get_device"),
         *("is_floating_point", "is_complex", "is_contiguous"),
@@ -173,7 +210,7 @@ class LazyLogProbs(LazyLogits):
     def of(cls, x: LazyLogits, sign: int) -> LazyLogProbs:
         """Those of the same head and tokens as `x`."""
         self = cls(x.hidden, x.weight, x.bias, x.steps, x.dtype)
-        self.sign, self.autocast = sign, x.autocast
+        self.sign, self.autocast, self.before_backward = sign, x.autocast, x.before_backward
         return self
 
     def compute(self, asked_by: str) -> Tensor:
@@ -182,12 +219,8 @@ class LazyLogProbs(LazyLogits):
 
     def of_labels(self, labels: Tensor, label_smoothing: float) -> Tensor:
         """That of each token's label, or with a smoothing of 1 the mean over all classes: as `labels`."""
-        hidden = self.hidden.reshape(-1, self.hidden.shape[-1])
         # No label is ignored: gather refuses negative ones.
-        options = (self.loss_elementwise, -1, label_smoothing, "none")
-        with self.autocast:
-            loss = linear_cross_entropy(hidden, self.weight, self.bias, labels.reshape(-1), *options)
-        return -self.sign * loss.view(labels.shape)
+        return -self.sign * self.loss(labels, -1, label_smoothing, "none").view(labels.shape)
 
 
 class _Widening(NamedTuple):
@@ -213,6 +246,14 @@ def _cast(x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
 
 def _to_float(x: LazyLogits) -> LazyLogits:
     return _cast(x, torch.float32)
+
+
+def _register_hook(x: LazyLogits, hook: Callable[[Tensor], Tensor]) -> Any:
+    # FSDP2's look at no gradient: they run before the backward of a module's output, to gather its weights.
+    if not type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.fsdp"):
+        return NotImplemented
+    x.before_backward.append(hook)
+    return None
 
 
 def _contiguous(x: LazyLogits, memory_format: torch.memory_format = torch.contiguous_format) -> Any:
@@ -259,7 +300,9 @@ def _add(x: LazyLogits, other: Any, **kwargs: Any) -> Any:
     if kwargs or not of_classes or x.steps or other.dtype != x.dtype or other.dim() > x.dim():
         return NotImplemented
     bias = other.view(classes) if x.bias is None else x.bias + other.view(classes)
-    return LazyLogits(x.hidden, x.weight, bias, dtype=x.dtype)
+    result = x.of_tokens(x.hidden)
+    result.bias = bias
+    return result
 
 
 def _tanh(x: LazyLogits) -> LazyLogits:
@@ -280,11 +323,9 @@ def _cross_entropy(
     plain = of_classes and weight is None and size_average is None and reduce is None
     if not plain or x.dim() != 2 or target.shape != x.shape[:1] or reduction not in ("none", "sum", "mean"):
         return NotImplemented
-    options = (x.loss_elementwise, ignore_index, label_smoothing, reduction)
     # Autocast computes cross entropy in float32, whatever the logits come in.
     dtype = torch.promote_types(x.dtype, torch.float32) if autocast_is_on(x.device.type) else x.dtype
-    with x.autocast:
-        return linear_cross_entropy(x.hidden, x.weight, x.bias, target, *options).to(dtype)
+    return x.loss(target, ignore_index, label_smoothing, reduction).to(dtype)
 
 
 def _log_softmax(x: LazyLogits, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Any:
@@ -319,6 +360,7 @@ _LOG_PROB_HANDLERS: dict[str, Callable[..., Any]] = {
 }
 _HANDLERS: dict[str, Callable[..., Any]] = {
     "cross_entropy": _cross_entropy,
+    "register_hook": _register_hook,
     "log_softmax": _log_softmax,
     "to": _cast,
     "float": _to_float,

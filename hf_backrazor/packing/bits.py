@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 # Field width in bits -> (integer that holds one group of bytes, the multiplier, the shift that leaves the top byte).
 # Byte i of a group weighs 2^(8 i) and must end at 2^(shift + width * i): the multiplier has the bits
@@ -70,7 +71,8 @@ def unpack_fields(packed: Tensor, width: int, n: int, table: Tensor) -> Tensor:
 @lru_cache(maxsize=64)
 def byte_table(width: int, values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """For every byte, the `values` that its fields of `width` bits stand for: `(256, 8 // width)`."""
-    with torch.inference_mode(False):
+    # Real tables, also where an estimate asks for one first.
+    with torch.inference_mode(False), unset_fake_temporarily():
         byte = torch.arange(256, device=device).unsqueeze(-1)
         shifts = torch.arange(0, 8, width, device=device)
         fields = (byte >> shifts) & (2**width - 1)

@@ -100,7 +100,8 @@ def weight_gradient(
     Args:
         grad: dY, float32 `(rows, columns)`.
         x: of `(rows, n)`.
-        gamma, beta: `(n,)`, or None: 1, 0.
+        gamma: `(n,)`, or None: 1.
+        beta: `(n,)`, or None: 0.
         transposed: return the transpose.
         seed: of the rounding, below 2^32.
 

@@ -24,7 +24,8 @@ def packed_norm_gradients(
 
     Args:
         grad: dY, `(rows, n)`, in the dtype of `rstd`.
-        layout, parts: x_hat, `rows * n` elements.
+        layout: of x_hat, `rows * n` elements.
+        parts: of x_hat.
         rstd: `(rows, 1)`.
         gamma: `(n,)`, or None: 1.
         centred: LayerNorm; else RMSNorm.

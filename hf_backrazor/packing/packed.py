@@ -240,8 +240,8 @@ def pack(x: Tensor, spec: PackSpec, mean: Tensor | None = None, rstd: Tensor | N
     Args:
         x: the tensor.
         spec: how to pack it.
-        mean, rstd: `(*x.shape[:-1], 1)`, in a dtype of at least 32 bits; if given, (x - mean) rstd is packed instead,
-            rounded to the dtype of `x`.
+        mean: `(*x.shape[:-1], 1)`, in a dtype of at least 32 bits; None: 0.
+        rstd: as `mean`; if given, (x - mean) rstd is packed instead, rounded to the dtype of `x`.
 
     Raises:
         TypeError: `x` is not floating point.
