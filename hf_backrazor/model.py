@@ -52,8 +52,10 @@ class RazorModel(Extension, _Module):
             elif isinstance(module, RazorModel):
                 del module.razor_config
                 module.__dict__.pop("_razor_report", None)
-                if TAG in (tags := module.__dict__.get("model_tags") or []):
+                if TAG in (tags := module.__dict__.pop("model_tags", None) or []):
                     tags.remove(TAG)
+                if tags:
+                    module.model_tags = tags
                 restore(module)
         return self
 

@@ -10,6 +10,8 @@ from hf_backrazor import RazorConfig
 from hf_backrazor.config import PRESETS
 from one_line_errors import stop, stop_on_error
 
+DEFAULT_PRESET = "balanced"
+
 
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, without the usage text that would bury it."""
@@ -62,7 +64,7 @@ def add_shared_arguments(
     data.add_argument("--max_eval_examples", type=count, help="score on this many examples, drawn at random")
 
     razor = parser.add_argument_group("razor")
-    razor.add_argument("--preset", choices=PRESETS, help="what is stored for backward (default: balanced)")
+    razor.add_argument("--preset", choices=PRESETS, help=f"what is stored for backward (default: {DEFAULT_PRESET})")
     razor.add_argument("--sparsity", type=fraction, help="fraction of a saved activation not kept exactly")
     razor.add_argument("--dense", action="store_true", help="train without the razor, for comparison")
 
@@ -83,6 +85,7 @@ def add_shared_arguments(
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", default=output_dir)
     output.add_argument("--overwrite_output_dir", action="store_true", help="replace a finished run")
+    output.add_argument("--plot", action="store_true", help="also draw loss and memory of every step: training.png")
 
 
 def razor_config(args: argparse.Namespace) -> RazorConfig | None:
@@ -92,6 +95,6 @@ def razor_config(args: argparse.Namespace) -> RazorConfig | None:
             stop("--dense trains without the razor: leave out --preset and --sparsity")
         return None
     changes = {} if args.sparsity is None else {"sparsity": args.sparsity}
-    preset = args.preset or "balanced"
+    preset = args.preset or DEFAULT_PRESET
     with stop_on_error(f"no razor configuration from --preset {preset} --sparsity {args.sparsity}"):
         return RazorConfig.preset(preset, **changes)

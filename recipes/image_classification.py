@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from tqdm.auto import tqdm
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
-    ViTConfig,
     default_data_collator,
     get_linear_schedule_with_warmup,
 )
@@ -37,8 +37,9 @@ from chosen_dataset import at_most, load_splits, require_column, require_images,
 from cpu_threads import use_cpu_threads
 from hf_backrazor import get_razor_model, measure_saved_bytes
 from image_pixels import PlainImageProcessor, as_pil_image
-from offline_data import handwritten_digits
+from offline_data import handwritten_digits, small_vit_config
 from one_line_errors import stop, stop_on_error
+from peak_memory import StepMemory
 from run_folder import (
     check_run_folder,
     closing_table,
@@ -47,6 +48,7 @@ from run_folder import (
     save_run,
     saved_bytes_summary,
 )
+from training_plot import check_plot, save_training_plot
 
 METRIC = Path(__file__).parent / "metrics" / "accuracy"
 
@@ -64,6 +66,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     check_run_folder(args.output_dir, args.overwrite_output_dir)
+    check_plot(args.plot)
     config = razor_config(args)
 
     with stop_on_error("could not start Accelerate"):
@@ -102,17 +105,9 @@ def main() -> None:
         if image_size % patch_size:
             stop(f"--image_size {image_size} is not a multiple of --patch_size {patch_size}")
         processor = PlainImageProcessor(image_size, channels)
-        small_vit = ViTConfig(
-            image_size=image_size,
-            patch_size=patch_size,
-            num_channels=channels,
-            hidden_size=96,
-            intermediate_size=384,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            **labels,
+        model = AutoModelForImageClassification.from_config(
+            small_vit_config(image_size, patch_size, channels, **labels)
         )
-        model = AutoModelForImageClassification.from_config(small_vit)
     else:
         if args.image_size or args.patch_size:
             stop("--image_size and --patch_size shape the default model: leave them out with --model")
@@ -179,12 +174,14 @@ def main() -> None:
     history: list[dict[str, float]] = []
     step_seconds: list[float] = []
     step_losses: list[float] = []
+    memory = StepMemory(accelerator.device)
     progress = tqdm(total=total_steps, desc="training", disable=hide_progress)
     started = time.perf_counter()
     while len(step_seconds) < total_steps:
         model.train()
         losses: list[float] = []
         step_started = time.perf_counter()
+        memory.start_step()
         for batch in train_loader:
             with accelerator.accumulate(model):
                 loss = model(**batch).loss
@@ -199,6 +196,7 @@ def main() -> None:
                 if not accelerator.optimizer_step_was_skipped:
                     schedule.step()
                 step_seconds.append(time.perf_counter() - step_started)
+                memory.end_step()
                 step_started = time.perf_counter()
                 step_losses.append(losses[-1])
                 progress.update()
@@ -225,6 +223,7 @@ def main() -> None:
         metrics = {
             **scores,
             "saved_bytes": saved_bytes,
+            "memory_mib": memory.summary(),
             "median_step_seconds": step,
             "train_seconds": train_seconds,
             "steps": total_steps,
@@ -234,12 +233,12 @@ def main() -> None:
             "arguments": vars(args),
             "versions": library_versions(),
         }
-        save_run(
-            args.output_dir,
-            metrics,
-            accelerator.unwrap_model(model).save_pretrained,
-            processor.save_pretrained,
-        )
+        savers = [accelerator.unwrap_model(model).save_pretrained, processor.save_pretrained]
+        if args.plot:
+            savers.append(
+                partial(save_training_plot, task="Image classification", default_model="small ViT", metrics=metrics)
+            )
+        save_run(args.output_dir, metrics, *savers)
         print(closing_table(scores, saved_bytes, step))
         print(f"saved to {args.output_dir}")
     accelerator.end_training()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from cpu_threads import use_cpu_threads
 from hf_backrazor import get_razor_model, measure_saved_bytes
 from offline_data import python_topics, train_tokenizer
 from one_line_errors import stop, stop_on_error
+from peak_memory import StepMemory
 from run_folder import (
     check_run_folder,
     closing_table,
@@ -49,6 +51,7 @@ from run_folder import (
     save_run,
     saved_bytes_summary,
 )
+from training_plot import check_plot, save_training_plot
 
 METRIC = Path(__file__).parent / "metrics" / "perplexity_from_loss"
 # Fixed, so that runs with different --seed are scored on the same masked tokens.
@@ -71,6 +74,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     check_run_folder(args.output_dir, args.overwrite_output_dir)
+    check_plot(args.plot)
     config = razor_config(args)
 
     with stop_on_error("could not start Accelerate"):
@@ -207,12 +211,15 @@ def main() -> None:
 
     history: list[dict[str, float]] = []
     step_seconds: list[float] = []
+    step_losses: list[float] = []
+    memory = StepMemory(accelerator.device)
     progress = tqdm(total=total_steps, desc="training", disable=hide_progress)
     started = time.perf_counter()
     while len(step_seconds) < total_steps:
         model.train()
         losses: list[float] = []
         step_started = time.perf_counter()
+        memory.start_step()
         for batch in train_loader:
             with accelerator.accumulate(model):
                 loss = model(**batch).loss
@@ -227,7 +234,9 @@ def main() -> None:
                 if not accelerator.optimizer_step_was_skipped:
                     schedule.step()
                 step_seconds.append(time.perf_counter() - step_started)
+                memory.end_step()
                 step_started = time.perf_counter()
+                step_losses.append(losses[-1])
                 progress.update()
                 progress.set_postfix(loss=f"{losses[-1]:.3f}")
             if len(step_seconds) == total_steps:
@@ -257,20 +266,27 @@ def main() -> None:
         metrics = {
             **scores,
             "saved_bytes": saved_bytes,
+            "memory_mib": memory.summary(),
             "median_step_seconds": step,
             "train_seconds": train_seconds,
             "steps": total_steps,
             "processes": accelerator.num_processes,
             "history": history,
+            "step_losses": step_losses,
             "arguments": vars(args),
             "versions": library_versions(),
         }
-        save_run(
-            args.output_dir,
-            metrics,
-            accelerator.unwrap_model(model).save_pretrained,
-            tokenizer.save_pretrained,
-        )
+        savers = [accelerator.unwrap_model(model).save_pretrained, tokenizer.save_pretrained]
+        if args.plot:
+            savers.append(
+                partial(
+                    save_training_plot,
+                    task=f"{args.objective.capitalize()} language modeling",
+                    default_model="small GPT-2" if args.objective == "causal" else "small BERT",
+                    metrics=metrics,
+                )
+            )
+        save_run(args.output_dir, metrics, *savers)
         print(closing_table(scores, saved_bytes, step))
         print(f"saved to {args.output_dir}")
     accelerator.end_training()

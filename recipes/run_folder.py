@@ -97,6 +97,8 @@ def closing_table(scores: dict[str, float], saved_bytes: dict[str, float | None]
 
     factor = saved_bytes["factor"]
     rows = [(name.replace("_", " "), f"{value:.4f}") for name, value in scores.items()]
+    if "full_fine_tuning" in saved_bytes:
+        rows.append(("saved activations, all weights trained", mebibytes("full_fine_tuning")))
     rows += [
         ("saved activations, dense", mebibytes("dense")),
         ("saved activations, razor", mebibytes("razor") + (f" ({factor:.1f}x less)" if factor else "")),

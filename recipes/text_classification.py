@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -35,6 +36,7 @@ from docstring_task import docstring_task
 from hf_backrazor import get_razor_model, measure_saved_bytes
 from offline_data import minilm_folder
 from one_line_errors import stop, stop_on_error
+from peak_memory import StepMemory
 from run_folder import (
     check_run_folder,
     closing_table,
@@ -43,6 +45,7 @@ from run_folder import (
     save_run,
     saved_bytes_summary,
 )
+from training_plot import check_plot, save_training_plot
 
 METRIC = Path(__file__).parent / "metrics" / "accuracy"
 
@@ -59,6 +62,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     check_run_folder(args.output_dir, args.overwrite_output_dir)
+    check_plot(args.plot)
     config = razor_config(args)
 
     with stop_on_error("could not start Accelerate"):
@@ -159,12 +163,14 @@ def main() -> None:
     history: list[dict[str, float]] = []
     step_seconds: list[float] = []
     step_losses: list[float] = []
+    memory = StepMemory(accelerator.device)
     progress = tqdm(total=total_steps, desc="training", disable=hide_progress)
     started = time.perf_counter()
     while len(step_seconds) < total_steps:
         model.train()
         losses: list[float] = []
         step_started = time.perf_counter()
+        memory.start_step()
         for batch in train_loader:
             with accelerator.accumulate(model):
                 loss = model(**batch).loss
@@ -179,6 +185,7 @@ def main() -> None:
                 if not accelerator.optimizer_step_was_skipped:
                     schedule.step()
                 step_seconds.append(time.perf_counter() - step_started)
+                memory.end_step()
                 step_started = time.perf_counter()
                 step_losses.append(losses[-1])
                 progress.update()
@@ -205,6 +212,7 @@ def main() -> None:
         metrics = {
             **scores,
             "saved_bytes": saved_bytes,
+            "memory_mib": memory.summary(),
             "median_step_seconds": step,
             "train_seconds": train_seconds,
             "steps": total_steps,
@@ -214,12 +222,12 @@ def main() -> None:
             "arguments": vars(args),
             "versions": library_versions(),
         }
-        save_run(
-            args.output_dir,
-            metrics,
-            accelerator.unwrap_model(model).save_pretrained,
-            tokenizer.save_pretrained,
-        )
+        savers = [accelerator.unwrap_model(model).save_pretrained, tokenizer.save_pretrained]
+        if args.plot:
+            savers.append(
+                partial(save_training_plot, task="Text classification", default_model="MiniLM-L6", metrics=metrics)
+            )
+        save_run(args.output_dir, metrics, *savers)
         print(closing_table(scores, saved_bytes, step))
         print(f"saved to {args.output_dir}")
     accelerator.end_training()
