@@ -30,7 +30,7 @@ from transformers import (
     pipeline,
 )
 
-from hf_backrazor import RazorConfig, RazorModel, get_razor_model
+from hf_backrazor import RazorCallback, RazorConfig, RazorModel, get_razor_model
 from hf_backrazor.config import RAZOR_CONFIG_NAME
 from hf_backrazor.modules import RazorModule
 
@@ -255,6 +255,30 @@ def test_bf16_on_a_cpu(name: str, tmp_path: Path) -> None:
     assert runs["lossless"][0] == runs["balanced"][0] == pytest.approx(runs["dense"][0], rel=1e-6)
     assert runs["lossless"][:6] == pytest.approx(runs["dense"][:6], rel=0.02)
     assert sum(runs["balanced"][-4:]) < 0.8 * sum(runs["balanced"][:4])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_torch_compile(name: str, tmp_path: Path) -> None:
+    """The same losses and, up to rounding, weights; with no more breaks of the graph than there are razor modules."""
+    runs = {}
+    for compiled in (False, True):
+        model = fresh(name, RazorConfig(), dropout=0.0)
+        options = {"torch_compile": True, "torch_compile_backend": "aot_eager"} if compiled else {}
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        trainer = trainer_of(model, tmp_path / str(compiled), Toy(name), callbacks=[RazorCallback()], **options)
+        trainer.train()
+        runs[compiled] = trainer
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    own = sum(count for reason, count in breaks.items() if "razor modules share packed tensors" in reason)
+    assert 0 < own <= len(list(model.razor_modules()))
+    assert losses(runs[True]) == pytest.approx(losses(runs[False]), rel=1e-4)
+    expected = runs[False].model.state_dict()
+    for key, value in runs[True].model.state_dict().items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=2e-4)
+    trainer.save_model(tmp_path / "saved")
+    assert_same_weights(AUTO[name].from_pretrained(tmp_path / "saved"), model)
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
