@@ -19,9 +19,9 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from ..packing import Cells, Packed, PackSpec, encode_cells, pack, pack_bits, unpack_bits
 from ..packing.cells import FINE
-from .layouts import CellLayout
+from .layouts import CellLayout, RectifiedLayout
 from .precision import current_autocast
-from .sharing import note_origin
+from .sharing import note_origin, origin_of
 
 # Inputs of GELU, on the pretrained MiniLM-L6 and ViT-S: means of -0.2 to -1.5 and deviations of 0.9 to 2 by layer.
 INPUT_MEAN, INPUT_DEVIATION = -0.5, 1.25
@@ -42,12 +42,16 @@ class ActivationRule:
         steps: for a derivative with just the two values `low` and 1: maps the input to the bool mask of 1. One bit an
             element then holds it exactly.
         low: see `steps`.
+        rectifies: whether the function is max(x, 0), or that up to `top`.
+        top: see `rectifies`.
     """
 
     value: Callable[[Tensor], Tensor]
     reach: float = 4.0
     steps: Callable[[Tensor], Tensor] | None = None
     low: float = 0.0
+    rectifies: bool = False
+    top: float | None = None
 
 
 @cache
@@ -119,7 +123,10 @@ def activation(
     """
     rule = None if parameters else rule
     if rule is None or rule.steps is not None or bits > 8:
-        return _Activation.apply(x, forward, rule, bits, *parameters)
+        y = _Activation.apply(x, forward, rule, bits, *parameters)
+        if rule is not None and rule.rectifies and (origin := origin_of(x)) is not None:
+            note_origin(y, Packed(RectifiedLayout(origin.layout, rule.top), origin.parts))
+        return y
     y, codes = _CodedActivation.apply(x, forward, rule, bits)
     cells, _, values = cell_tables(rule, bits)
     note_origin(y, Packed(CellLayout(y.shape, y.dtype, cells, values), (codes,)))
@@ -163,8 +170,7 @@ class _Activation(torch.autograd.Function):
     ) -> Tensor:
         ctx.rule, ctx.function = rule, forward if rule is None else rule.value
         if rule is not None and rule.steps is not None:
-            ctx.width = x.shape[-1] if x.dim() else 1
-            stored = pack_bits(rule.steps(x).reshape(-1, ctx.width))
+            stored = pack_bits(rule.steps(x).reshape(1, -1))
         else:
             packed = pack(x, PackSpec(value_dtype="auto" if bits == 32 else "float16"))
             ctx.layout = packed.layout
@@ -179,7 +185,7 @@ class _Activation(torch.autograd.Function):
         stored, *parameters = ctx.saved_tensors
         rule = ctx.rule
         if rule is not None and rule.steps is not None:
-            mask = unpack_bits(stored, ctx.width).reshape(grad_output.shape)
+            mask = unpack_bits(stored, grad_output.numel()).view(grad_output.shape)
             return torch.where(mask, grad_output, grad_output * rule.low if rule.low else 0), None, None, None
         x = ctx.layout.unpack((stored,)).detach().requires_grad_()
         with torch.enable_grad(), ctx.autocast:
@@ -211,8 +217,8 @@ MISH = ActivationRule(F.mish, reach=8.0)
 HARDSWISH = ActivationRule(F.hardswish)
 TANH = ActivationRule(torch.tanh)
 SIGMOID = ActivationRule(torch.sigmoid, reach=8.0)
-RELU = ActivationRule(F.relu, steps=_positive)
-RELU6 = ActivationRule(F.relu6, steps=_inside_six)
+RELU = ActivationRule(F.relu, steps=_positive, rectifies=True)
+RELU6 = ActivationRule(F.relu6, steps=_inside_six, rectifies=True, top=6.0)
 
 
 def leaky_relu(negative_slope: float) -> ActivationRule:

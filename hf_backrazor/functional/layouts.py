@@ -63,6 +63,63 @@ class AffineLayout(Layout):
 
 
 @dataclass(frozen=True)
+class ChannelAffineLayout(AffineLayout):
+    """As `AffineLayout` for `(batch, channels, ...)` with a row for each channel: gamma and beta are `(channels,)`."""
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """See `Layout.matrix`."""
+        return self.x_hat.matrix
+
+    def unpack_rows(self, parts: Sequence[Tensor], start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """See `Layout.unpack_rows`."""
+        parts, gamma, beta = self.split(parts)
+        x = self.x_hat.unpack_rows(parts, start, stop, dtype)
+        if gamma is None and beta is None:
+            return x
+        channel = torch.arange(start, stop, device=x.device) % self.shape[1]
+        x = x if gamma is None else x * gamma.to(dtype)[channel].unsqueeze(-1)
+        return x if beta is None else x.add_(beta.to(dtype)[channel].unsqueeze(-1))
+
+
+@dataclass(frozen=True)
+class RectifiedLayout(Layout):
+    """max(x, 0), or that up to `top`. Own parts: none."""
+
+    x: Layout
+    top: float | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """See `Layout.shape`."""
+        return self.x.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `Layout.dtype`."""
+        return self.x.dtype
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """See `Layout.matrix`."""
+        return self.x.matrix
+
+    @property
+    def sliceable(self) -> bool:
+        """See `Layout.sliceable`."""
+        return self.x.sliceable
+
+    @property
+    def coarse(self) -> bool:
+        """See `Layout.coarse`."""
+        return self.x.coarse
+
+    def unpack_rows(self, parts: Sequence[Tensor], start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """See `Layout.unpack_rows`."""
+        return self.x.unpack_rows(parts, start, stop, dtype).clamp_(0, self.top)
+
+
+@dataclass(frozen=True)
 class CellLayout(Layout):
     """A function of a tensor of which only the cells are known that its elements lie in. Own part: the codes.
 

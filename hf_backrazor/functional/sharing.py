@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..packing import Packed, PackSpec, pack
+from ..packing import Packed, PackSpec, SparseLayout, pack
 from .layouts import CorrectedLayout
 
 
@@ -72,11 +72,16 @@ def pack_shared(x: Tensor, spec: PackSpec, dtype: torch.dtype | None = None) -> 
         return pack(x.detach().to(dtype), spec)
     key = (spec, dtype)
     if key not in entry.copies:
-        if spec.bits and entry.origin is not None:
+        if spec.bits and entry.origin is not None and _same_rows(entry.origin, x, spec):
             entry.copies[key] = _correct(entry.origin, x.detach().to(dtype), spec)
         else:
             entry.copies[key] = pack(x.detach().to(dtype), spec)
     return entry.copies[key]
+
+
+def _same_rows(origin: Packed, x: Tensor, spec: PackSpec) -> bool:
+    """Whether what `x` is restored from is in the rows that its consumer reads: tokens, or feature maps."""
+    return origin.layout.matrix == SparseLayout(x.shape, x.dtype, spec).matrix
 
 
 def _correct(origin: Packed, x: Tensor, spec: PackSpec) -> Packed:

@@ -9,17 +9,23 @@ from __future__ import annotations
 from .activation import RazorActivation
 from .attention import RazorAttention
 from .base import RazorModule
+from .batch_norm import RazorBatchNorm
+from .convolution import RazorConvolution
 from .dropout import RazorDropout
 from .inline import RazorInline
 from .linear import RazorConv1D, RazorLinear
 from .lm_head import RazorLMHead
 from .norm import RazorLayerNorm, RazorRMSNorm
+from .pooling import RazorMaxPool2d
 
 OPERATORS: tuple[type[RazorModule], ...] = (
     RazorLinear,
     RazorConv1D,
     RazorLayerNorm,
     RazorRMSNorm,
+    RazorConvolution,
+    RazorBatchNorm,
+    RazorMaxPool2d,
     RazorActivation,
     RazorDropout,
     RazorAttention,
@@ -30,12 +36,15 @@ __all__ = [
     "OPERATORS",
     "RazorActivation",
     "RazorAttention",
+    "RazorBatchNorm",
     "RazorConv1D",
+    "RazorConvolution",
     "RazorDropout",
     "RazorInline",
     "RazorLMHead",
     "RazorLayerNorm",
     "RazorLinear",
+    "RazorMaxPool2d",
     "RazorModule",
     "RazorRMSNorm",
 ]

@@ -47,7 +47,7 @@ class Layout(ABC):
 
     @cached_property
     def matrix(self) -> tuple[int, int]:
-        """Rows and columns of the tensor seen as a matrix, its last dimension in the columns."""
+        """Rows and columns of the tensor seen as a matrix; by default with its last dimension in the columns."""
         width = self.shape[-1] if self.shape else 1
         return (prod(self.shape[:-1]) if self.shape else 1), width
 

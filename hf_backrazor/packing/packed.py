@@ -33,6 +33,8 @@ class PackSpec:
             has 16 bits and bfloat16 if it has more.
         levels: `"gaussian"` or `"even"` (see `encode`).
         centred: store the mean over the second-to-last dimension (tokens), and pack what each row deviates from it.
+        row_dims: how many of the last dimensions make a row: 1 for tokens; 2 for feature maps `(batch, channels,
+            height, width)`, whose width alone would make short rows.
     """
 
     sparsity: float = 0.0
@@ -41,6 +43,7 @@ class PackSpec:
     value_dtype: str = "auto"
     levels: str = "gaussian"
     centred: bool = False
+    row_dims: int = 1
 
     def __post_init__(self) -> None:
         if self.bits and self.bits not in CODE_BITS:
@@ -71,11 +74,18 @@ class SparseLayout(Layout):
         return self.kept > 0 and self.coding == "none" and self.value_dtype == self.dtype and not self.spec.centred
 
     @cached_property
+    def matrix(self) -> tuple[int, int]:
+        """See `Layout.matrix`; with `row_dims` dimensions in the columns."""
+        if not self.shape:
+            return 1, 1
+        return prod(self.shape[: -self.spec.row_dims]), prod(self.shape[-self.spec.row_dims :])
+
+    @cached_property
     def sets(self) -> int:
         """Number of sets that top-k runs over."""
         if self.spec.granularity == "tensor" or len(self.shape) < 2:
             return 1
-        return self.shape[0] if self.spec.granularity == "sample" else prod(self.shape[:-1])
+        return self.shape[0] if self.spec.granularity == "sample" else self.matrix[0]
 
     @cached_property
     def set_size(self) -> int:
@@ -125,13 +135,17 @@ class SparseLayout(Layout):
             means, *parts = parts
         part = self
         if (start, stop) != (0, self.matrix[0]):
-            part = replace(self, shape=torch.Size((stop - start, self.matrix[1])))
+            part = self._of_rows(stop - start)
             parts = [x[start:stop] for x in parts]
         if part.is_compiled(parts, dtype):
             return part._unpack_natively(parts, dtype, base, means, self.group, start)
         dense = part._unpack(parts, dtype, base)
         # Not in place: with all kept, `dense` may be what is stored.
         return dense if means is None else dense + _of_rows(means, self.group, start, stop).to(dtype)
+
+    def _of_rows(self, rows: int) -> SparseLayout:
+        """The layout of so many of the rows, as a matrix."""
+        return replace(self, shape=torch.Size((rows, self.matrix[1])), spec=replace(self.spec, row_dims=1))
 
     def unpack(self, parts: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
         """See `Layout.unpack`."""
@@ -240,7 +254,8 @@ def pack(x: Tensor, spec: PackSpec, mean: Tensor | None = None, rstd: Tensor | N
     Args:
         x: the tensor.
         spec: how to pack it.
-        mean: `(*x.shape[:-1], 1)`, in a dtype of at least 32 bits; None: 0.
+        mean: one number for each row, `(*x.shape[:-1], 1)` (with `row_dims=2`, `(*x.shape[:-2], 1, 1)`), in a dtype of
+            at least 32 bits; None: 0.
         rstd: as `mean`; if given, (x - mean) rstd is packed instead, rounded to the dtype of `x`.
 
     Raises:
@@ -265,7 +280,7 @@ def pack(x: Tensor, spec: PackSpec, mean: Tensor | None = None, rstd: Tensor | N
     slices = row_slices(*layout.matrix, x.device) if layout.sliceable else [(0, layout.matrix[0])]
     packed = []
     for start, stop in slices:
-        part = layout if len(slices) == 1 else replace(layout, shape=torch.Size((stop - start, layout.matrix[1])))
+        part = layout if len(slices) == 1 else layout._of_rows(stop - start)
         rows = matrix[start:stop]
         if means:
             rows = rows - _of_rows(means[0], layout.group, start, stop)

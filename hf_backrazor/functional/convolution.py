@@ -1,0 +1,134 @@
+"""Convolutions of any number of dimensions: dX and db exact, dW from the packed input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from ..packing import Layout, Packed, PackSpec
+from ..packing.layout import UNPACK_NUMEL
+from .precision import accumulate_dtype, compute_dtype
+from .sharing import pack_shared
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a convolution's kernel moves; see `torch.nn.Conv2d` and `torch.nn.ConvTranspose2d`."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+    def backward(
+        self, grad_output: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of input, weight and bias, each if it is `wanted`; only the weight's reads the values of `x`."""
+        return torch.ops.aten.convolution_backward(
+            grad_output,
+            x,
+            weight,
+            [grad_output.shape[1]] if wanted[2] else None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            self.groups,
+            wanted,
+        )
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    forward: Callable[[Tensor], Tensor],
+    spec: PackSpec,
+) -> Tensor:
+    """A convolution with a packed input saved for the weight's gradient.
+
+    dX and db do not read the input, and are exact; dW takes it from its packed copy, some samples at a time.
+
+    Args:
+        x: `(batch, channels, *spatial)`, float; under autocast the copy is packed in autocast's dtype.
+        weight: the kernel.
+        bias: `(out_channels,)` or None.
+        geometry: how the kernel moves.
+        forward: computes the output from `x`.
+        spec: how `x` is packed, where no other operator's copy serves (see `pack_shared`).
+
+    Returns:
+        As `forward(x)`.
+    """
+    packed = pack_shared(x, spec, compute_dtype(x))
+    return _Convolution.apply(x, weight, bias, geometry, forward, packed)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        forward: Callable[[Tensor], Tensor],
+        packed: Packed,
+    ) -> Tensor:
+        ctx.layout, ctx.geometry = packed.layout, geometry
+        ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(weight, *packed.parts)
+        return forward(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *parts = ctx.saved_tensors
+        kernel = weight.to(grad_output.dtype)
+        # Its shape is all that is read of the input here.
+        shape = grad_output.new_empty(1).expand(ctx.input_shape)
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_input, _, grad_bias = ctx.geometry.backward(grad_output, shape, kernel, (needs_x, False, needs_bias))
+        grad_weight = _grad_weight(ctx, grad_output, kernel, parts) if needs_weight else None
+        return (
+            grad_input.to(ctx.input_dtype) if needs_x else None,
+            grad_weight.to(weight.dtype) if needs_weight else None,
+            grad_bias.to(ctx.bias_dtype) if needs_bias else None,
+            None,
+            None,
+            None,
+        )
+
+
+def _grad_weight(ctx: FunctionCtx, grad_output: Tensor, kernel: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    total = None
+    for start, stop, x in _samples(ctx.layout, ctx.input_shape, parts, grad_output.dtype):
+        grads = ctx.geometry.backward(grad_output[start:stop], x, kernel, (False, True, False))
+        if total is None:
+            total = grads[1] if stop == ctx.input_shape[0] else grads[1].to(accumulate_dtype(grads[1]))
+        else:
+            total += grads[1]
+    return total
+
+
+def _samples(layout: Layout, shape: torch.Size, parts: Sequence[Tensor], dtype: torch.dtype):
+    """Some samples at a time, unpacked: the first one's number, the last one's and one more, and they."""
+    rows = layout.matrix[0] // shape[0] if shape[0] else 0
+    numel = UNPACK_NUMEL.get(parts[0].device.type, shape.numel())
+    step = max(1, numel * shape[0] // max(shape.numel(), 1)) if layout.sliceable and rows else shape[0]
+    if step >= shape[0]:
+        yield 0, shape[0], layout.unpack(parts, dtype).reshape(shape)
+        return
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        x = layout.unpack_rows(parts, start * rows, stop * rows, dtype)
+        yield start, stop, x.reshape(stop - start, *shape[1:])

@@ -1,0 +1,66 @@
+"""Convolutions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from ..functional import Geometry, convolution
+from .base import RazorModule, describe, input_spec
+
+_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+class RazorConvolution(RazorModule):
+    """`nn.Conv1d` to `nn.ConvTranspose3d`, and subclasses that leave their forward alone."""
+
+    kind = "convolution"
+
+    @classmethod
+    def handles(cls, module: nn.Module) -> bool:
+        """See `RazorModule.handles`."""
+        plain = next((kind for kind in _TYPES if isinstance(module, kind)), None)
+        return plain is not None and type(module).forward is plain.forward and module.padding_mode == "zeros"
+
+    @classmethod
+    def cannot_handle(cls, module: nn.Module) -> str | None:
+        """See `RazorModule.cannot_handle`."""
+        if not isinstance(module, _TYPES) or cls.handles(module):
+            return None
+        if module.padding_mode != "zeros":
+            return f"{type(module).__name__} pads by padding_mode={module.padding_mode!r}"
+        return f"{type(module).__name__} has a forward of its own"
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """As the plain module; saves `x` packed where the weight is being trained."""
+        arguments = () if output_size is None else (output_size,)
+        batched = x.dim() == self.weight.dim()
+        if not batched or not self.razor_active(self.weight) or not self.worth_packing(x):
+            return super().forward(x, *arguments)
+        spatial = x.dim() - 2
+        output_padding = (0,) * spatial
+        if self.transposed:
+            output_padding = tuple(
+                self._output_padding(
+                    x, output_size, self.stride, self.padding, self.kernel_size, spatial, self.dilation
+                )
+            )
+        geometry = Geometry(self.stride, _padding(self), self.dilation, self.transposed, output_padding, self.groups)
+        plain = super().forward
+        spec = replace(input_spec(self.razor_config), row_dims=spatial)
+        return convolution(x, self.weight, self.bias, geometry, lambda x: plain(x, *arguments), spec)
+
+    def razor_repr(self) -> str:
+        """See `RazorModule.razor_repr`."""
+        return describe(input_spec(self.razor_config))
+
+
+def _padding(module: nn.Module) -> tuple[int, ...]:
+    """Padding on either side, where the module may say "same" or "valid"."""
+    if module.padding == "valid":
+        return (0,) * len(module.kernel_size)
+    if module.padding == "same":
+        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        return tuple(size // 2 for size in total)
+    return module.padding
