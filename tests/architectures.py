@@ -44,6 +44,15 @@ def _classified_images(model: PreTrainedModel) -> Batch:
     return {"pixel_values": torch.randn(BATCH, 3, 32, 32), "labels": torch.tensor([0, 1, 1])}
 
 
+def _classified_maps(model: PreTrainedModel) -> Batch:
+    """An odd size, so that strides leave something over."""
+    return {"pixel_values": torch.randn(BATCH, 3, 67, 61), "labels": torch.tensor([0, 1, 1])}
+
+
+def _segmented_images(model: PreTrainedModel) -> Batch:
+    return {"pixel_values": torch.randn(BATCH, 3, 64, 64), "labels": torch.randint(0, 4, (BATCH, 64, 64))}
+
+
 def _sequence_to_sequence(model: PreTrainedModel) -> Batch:
     return {"input_ids": _tokens(), "attention_mask": _padding(), "labels": _tokens()}
 
@@ -186,10 +195,49 @@ ARCHITECTURES: dict[str, _Make] = {
 }
 
 
+_CONVOLUTIONAL = {
+    "resnet": (
+        hf.ResNetForImageClassification,
+        lambda: hf.ResNetConfig(embedding_size=16, hidden_sizes=[32, 64], depths=[2, 2]),
+        _classified_maps,
+    ),
+    "mobilenet_v2": (
+        hf.MobileNetV2ForImageClassification,
+        lambda: hf.MobileNetV2Config(depth_multiplier=0.35, classifier_dropout_prob=0.1),
+        _classified_maps,
+    ),
+    "efficientnet": (
+        hf.EfficientNetForImageClassification,
+        lambda: hf.EfficientNetConfig(
+            width_coefficient=0.5,
+            depth_coefficient=0.3,
+            image_size=64,
+            hidden_dim=640,
+            drop_connect_rate=0.0,
+        ),
+        _classified_maps,
+    ),
+    "convnext": (
+        hf.ConvNextForImageClassification,
+        lambda: hf.ConvNextConfig(hidden_sizes=[16, 32, 48, 64], depths=[1, 1, 2, 1]),
+        _classified_maps,
+    ),
+    "segformer": (
+        hf.SegformerForSemanticSegmentation,
+        lambda: hf.SegformerConfig(
+            hidden_sizes=[16, 32, 48, 64], depths=[1, 1, 1, 1], decoder_hidden_size=48, num_labels=4
+        ),
+        _segmented_images,
+    ),
+}
+ARCHITECTURES |= _CONVOLUTIONAL
+
+
 def make(name: str, attention: str = "sdpa") -> tuple[PreTrainedModel, Batch]:
     """A freshly initialised model in training mode, and a batch for it."""
     model_class, config, batch = ARCHITECTURES[name]
-    model = model_class._from_config(config(), attn_implementation=attention)
+    implementation = attention if model_class._supports_sdpa else "eager"
+    model = model_class._from_config(config(), attn_implementation=implementation)
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():  # biases and class tokens as they are after some training, not at zero

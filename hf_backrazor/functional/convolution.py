@@ -55,7 +55,8 @@ def convolution(
 ) -> Tensor:
     """A convolution with a packed input saved for the weight's gradient.
 
-    dX and db do not read the input, and are exact; dW takes it from its packed copy, some samples at a time.
+    dX and db do not read the input, and are exact; dW takes it from its packed copy, some samples at a time. With a
+    frozen weight nothing is packed.
 
     Args:
         x: `(batch, channels, *spatial)`, float; under autocast the copy is packed in autocast's dtype.
@@ -68,7 +69,7 @@ def convolution(
     Returns:
         As `forward(x)`.
     """
-    packed = pack_shared(x, spec, compute_dtype(x))
+    packed = pack_shared(x, spec, compute_dtype(x)) if weight.requires_grad else None
     return _Convolution.apply(x, weight, bias, geometry, forward, packed)
 
 
@@ -81,12 +82,13 @@ class _Convolution(torch.autograd.Function):
         bias: Tensor | None,
         geometry: Geometry,
         forward: Callable[[Tensor], Tensor],
-        packed: Packed,
+        packed: Packed | None,
     ) -> Tensor:
-        ctx.layout, ctx.geometry = packed.layout, geometry
+        ctx.layout, parts = packed or (None, ())
+        ctx.geometry = geometry
         ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(weight, *packed.parts)
+        ctx.save_for_backward(weight, *parts)
         return forward(x)
 
     @staticmethod

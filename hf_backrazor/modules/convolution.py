@@ -33,10 +33,10 @@ class RazorConvolution(RazorModule):
         return f"{type(module).__name__} has a forward of its own"
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """As the plain module; saves `x` packed where the weight is being trained."""
+        """As the plain module; saves `x` packed where the weight is being trained, and else nothing of it."""
         arguments = () if output_size is None else (output_size,)
         batched = x.dim() == self.weight.dim()
-        if not batched or not self.razor_active(self.weight) or not self.worth_packing(x):
+        if not batched or not self.razor_active(x, self.weight) or not self.worth_packing(x):
             return super().forward(x, *arguments)
         spatial = x.dim() - 2
         output_padding = (0,) * spatial
