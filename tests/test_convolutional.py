@@ -253,6 +253,16 @@ def test_maps_pack_by_planes(spec: PackSpec) -> None:
     assert torch.equal(packed.unpack().flatten(), flat.unpack().flatten())
 
 
+def test_images_are_kept_as_they_are_and_cost_nothing() -> None:
+    layer = nn.Conv2d(3, 6, 3)
+    plain, razor = copy.deepcopy(layer), get_razor_model(nn.Sequential(layer))
+    x = torch.randn(2, 3, 9, 9)
+    assert measure_saved_bytes(razor, input=x).total == 0
+    plain(x).square().sum().backward()
+    razor(x).square().sum().backward()
+    torch.testing.assert_close(layer.weight.grad, plain.weight.grad)
+
+
 def test_geometry_of_a_frozen_convolution_saves_no_input() -> None:
     layer = nn.Conv2d(4, 6, 3).requires_grad_(False)
     model = get_razor_model(nn.Sequential(nn.Conv2d(4, 4, 1), layer))

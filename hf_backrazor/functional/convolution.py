@@ -55,8 +55,8 @@ def convolution(
 ) -> Tensor:
     """A convolution with a packed input saved for the weight's gradient.
 
-    dX and db do not read the input, and are exact; dW takes it from its packed copy, some samples at a time. With a
-    frozen weight nothing is packed.
+    dX and db do not read the input, and are exact; dW takes it from its packed copy, some samples at a time. An
+    input without a gradient (an image) is kept as it is; with a frozen weight, nothing is.
 
     Args:
         x: `(batch, channels, *spatial)`, float; under autocast the copy is packed in autocast's dtype.
@@ -69,6 +69,8 @@ def convolution(
     Returns:
         As `forward(x)`.
     """
+    if not x.requires_grad:  # the images themselves, which are there anyway
+        spec = PackSpec(row_dims=spec.row_dims)
     packed = pack_shared(x, spec, compute_dtype(x)) if weight.requires_grad else None
     return _Convolution.apply(x, weight, bias, geometry, forward, packed)
 
