@@ -39,7 +39,7 @@ from hf_backrazor import get_razor_model, measure_saved_bytes
 from image_pixels import PlainImageProcessor, as_pil_image
 from offline_data import handwritten_digits, small_vit_config
 from one_line_errors import stop, stop_on_error
-from peak_memory import StepMemory
+from peak_memory import StepPeaks
 from run_folder import (
     check_run_folder,
     closing_table,
@@ -174,7 +174,7 @@ def main() -> None:
     history: list[dict[str, float]] = []
     step_seconds: list[float] = []
     step_losses: list[float] = []
-    memory = StepMemory(accelerator.device)
+    memory = StepPeaks(accelerator.device)
     progress = tqdm(total=total_steps, desc="training", disable=hide_progress)
     started = time.perf_counter()
     while len(step_seconds) < total_steps:

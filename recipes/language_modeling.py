@@ -42,7 +42,7 @@ from cpu_threads import use_cpu_threads
 from hf_backrazor import get_razor_model, measure_saved_bytes
 from offline_data import python_topics, train_tokenizer
 from one_line_errors import stop, stop_on_error
-from peak_memory import StepMemory
+from peak_memory import StepPeaks
 from run_folder import (
     check_run_folder,
     closing_table,
@@ -212,7 +212,7 @@ def main() -> None:
     history: list[dict[str, float]] = []
     step_seconds: list[float] = []
     step_losses: list[float] = []
-    memory = StepMemory(accelerator.device)
+    memory = StepPeaks(accelerator.device)
     progress = tqdm(total=total_steps, desc="training", disable=hide_progress)
     started = time.perf_counter()
     while len(step_seconds) < total_steps:

@@ -43,7 +43,7 @@ def peak_over_idle(step: Callable[[], None], repeats: int = 3) -> float | None:
     return statistics.median(peaks)
 
 
-class StepMemory:
+class StepPeaks:
     """The high-water mark of memory in each training step, in MiB.
 
     On CUDA it is what the allocator handed out, on a CPU what is resident in this process, the libraries and what the C

@@ -35,8 +35,11 @@ def save_run(output_dir: str, metrics: dict[str, Any], *savers: Callable[[str], 
     """Call each saver (`model.save_pretrained`, ...) with one folder and move its files to `output_dir`."""
     folder = Path(output_dir)
     # Beside the target and not in /tmp: a rename is atomic only within one file system.
-    stage = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder))
+    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder))
+    # Called as the target is, as model cards take their title from it.
+    stage = unfinished / folder.resolve().name
     try:
+        stage.mkdir(exist_ok=True)
         for save in savers:
             save(str(stage))
         written = sorted(file.relative_to(stage).as_posix() for file in stage.rglob("*") if file.is_file())
@@ -46,7 +49,7 @@ def save_run(output_dir: str, metrics: dict[str, Any], *savers: Callable[[str], 
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(stage / name, folder / name)
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _remove_earlier_run(folder: Path) -> None:

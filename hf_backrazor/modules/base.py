@@ -101,6 +101,11 @@ def product_spec(config: RazorConfig) -> PackSpec:
     return PackSpec(config.sparsity, config.granularity, _bits(config, config.activation_bits), config.value_dtype)
 
 
+def whole_shape(weight: Tensor) -> torch.Size:
+    """Shape of a parameter that may be sharded: ZeRO-3 leaves an empty tensor, with the shape beside it."""
+    return getattr(weight, "ds_shape", weight.shape)
+
+
 def describe(spec: PackSpec) -> str:
     """A few words on `spec`, for `print(model)`."""
     if spec.sparsity == 0:

@@ -18,7 +18,7 @@ from ..functional import dropout, product
 from ..functional.scaling import scaling
 from ..functional.sharing import origin_of
 from .activation import RazorActivation
-from .base import RazorModule, describe, forward_source, input_spec, product_spec
+from .base import RazorModule, describe, forward_source, input_spec, product_spec, whole_shape
 
 _DROPOUT = re.compile(r"\b(?:functional|F)\.dropout\(")
 _PRODUCT = re.compile(r"[^*]\*\s*[\w(]|\bmul(?:tiply)?\(")
@@ -75,8 +75,8 @@ def _multiplies(module: nn.Module) -> bool:
 def _scales(module: nn.Module) -> bool:
     # PEFT keeps a vector for each adapter in a dictionary. Norms have an operator of their own, or a warning.
     owners = [module, *(child for child in module.children() if isinstance(child, nn.ParameterDict))]
-    vectors = [parameter for owner in owners for parameter in owner.parameters(recurse=False)]
-    if not vectors or any(vector.numel() != max(vector.shape, default=0) for vector in vectors):
+    shapes = [whole_shape(parameter) for owner in owners for parameter in owner.parameters(recurse=False)]
+    if not shapes or any(shape.numel() != max(shape, default=0) for shape in shapes):
         return False
     return not type(module).__name__.endswith("Norm") and bool(_PRODUCT.search(_source(module)))
 

@@ -8,7 +8,7 @@ from torch.func import functional_call
 
 from ..config import RazorConfig
 from ..functional import layer_norm, rms_norm
-from .base import RazorModule, describe, norm_spec
+from .base import RazorModule, describe, norm_spec, whole_shape
 
 
 class RazorLayerNorm(RazorModule):
@@ -89,7 +89,7 @@ def _looks_like_norm(module: nn.Module) -> bool:
         type(module).__name__.endswith("Norm")
         and not any(True for _ in module.children())
         and list(parameters) == ["weight"]
-        and parameters["weight"].dim() == 1
+        and len(whole_shape(parameters["weight"])) == 1
     )
 
 
@@ -103,10 +103,10 @@ def _probe(module: nn.Module) -> tuple[float, float | None] | None:
     known = torch.finfo(torch.float32).eps if epsilon is None else float(epsilon)
     # Explicitly on the CPU and in float32, whatever the defaults are just now.
     with torch.no_grad(), torch.device("cpu"):
-        generator = torch.Generator("cpu").manual_seed(0)
-        weight = torch.rand(module.weight.shape, generator=generator, dtype=torch.float32)
+        generator, shape = torch.Generator("cpu").manual_seed(0), whole_shape(module.weight)
+        weight = torch.rand(shape, generator=generator, dtype=torch.float32)
         # Small, so that epsilon shows.
-        x = torch.randn(2, *module.weight.shape, generator=generator, dtype=torch.float32) * known**0.5
+        x = torch.randn(2, *shape, generator=generator, dtype=torch.float32) * known**0.5
         x_hat = x * (x.square().mean(-1, keepdim=True) + known).rsqrt()
         try:
             y = functional_call(module, {"weight": weight}, (x,))

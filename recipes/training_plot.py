@@ -1,0 +1,103 @@
+"""`--plot`: the loss and the memory of every training step, as `training.png` in the run folder."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from arguments import DEFAULT_PRESET
+from one_line_errors import stop
+
+PLOT = "training.png"
+WIDTH, HEIGHT, DPI = 8.0, 6.0, 120  # inches, inches, pixels an inch
+# The mean runs over this share of the steps: batches differ too much for single losses to show where they go.
+SMOOTHED = 0.05
+FAINT, STRONG, QUIET = "#a8c4e0", "#1f5a99", "#666666"
+
+
+def check_plot(wanted: bool) -> None:
+    """Stop when a plot is wanted and matplotlib is not installed: before training, not after."""
+    if wanted and find_spec("matplotlib") is None:
+        stop("--plot draws with matplotlib: pip install matplotlib")
+
+
+def running_mean(values: list[float], window: int) -> list[float]:
+    """The mean of each value and those around it, `window` in all; of fewer at both ends."""
+    before, after = window // 2, window - window // 2
+    around = (values[max(0, index - before) : index + after] for index in range(len(values)))
+    return [sum(part) / len(part) for part in around]
+
+
+def save_training_plot(folder: str, *, task: str, default_model: str, metrics: dict[str, Any]) -> None:
+    """Draw what `metrics` says of the run, and write it to `training.png` in the folder.
+
+    Args:
+        folder: where to write.
+        task: what the recipe trains for, for the title.
+        default_model: what the recipe trains when no `--model` is named.
+        metrics: what goes into `metrics.json`.
+    """
+    # Here and not above: only this needs matplotlib. Not pyplot, which keeps figures and picks a window system.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")
+    loss_panel, memory_panel = figure.subplots(2, 1, sharex=True)
+    # Names of models and folders are no formulas, whatever dollar signs they hold.
+    figure.suptitle(f"{task}: {_settings(metrics['arguments'], default_model)}", fontsize=12, parse_math=False)
+
+    losses, steps = metrics["step_losses"], range(1, len(metrics["step_losses"]) + 1)
+    window = round(SMOOTHED * len(losses))
+    marker = "." if len(losses) < 30 else None
+    if window > 1:
+        loss_panel.plot(steps, losses, color=FAINT, linewidth=1, label="each step")
+        loss_panel.plot(steps, running_mean(losses, window), color=STRONG, label=f"mean of {window} steps")
+        loss_panel.legend(loc="upper right", frameon=False)
+    else:
+        loss_panel.plot(steps, losses, color=STRONG, marker=marker)
+    loss_panel.set_ylabel("training loss")
+    loss_panel.set_title(_scores(metrics["history"][-1]), fontsize=10, color=QUIET, loc="left")
+
+    peaks, at_rest = metrics["memory_mib"]["step_peaks"], metrics["memory_mib"]["before_training"]
+    if peaks:
+        memory_panel.plot(steps, peaks, color=STRONG, marker=marker, label="peak of each step")
+        memory_panel.axhline(at_rest, color=QUIET, linestyle="--", linewidth=1, label="before the first step")
+        # Room above the curve for the legend.
+        memory_panel.set_ylim(0, 1.3 * max(peaks))
+        memory_panel.legend(loc="upper right", frameon=False, ncols=2)
+    else:
+        memory_panel.text(0.5, 0.5, "not measured on this system", ha="center", transform=memory_panel.transAxes)
+    memory_panel.set_ylabel(f"memory of the {metrics['memory_mib']['of']} (MiB)")
+    memory_panel.set_xlabel("optimizer step")
+    memory_panel.set_title(_saved(metrics["saved_bytes"]), fontsize=10, color=QUIET, loc="left")
+    memory_panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+    for panel in (loss_panel, memory_panel):
+        panel.grid(color="0.92")
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(Path(folder) / PLOT)
+
+
+def _settings(arguments: dict[str, Any], default_model: str) -> str:
+    model = arguments["model"] or default_model
+    if Path(model).is_dir():
+        model = Path(model).resolve().name
+    if arguments["dense"]:
+        return f"{model}, dense"
+    sparsity = "" if arguments["sparsity"] is None else f", sparsity {arguments['sparsity']:g}"
+    return f"{model}, razor ({arguments['preset'] or DEFAULT_PRESET}{sparsity})"
+
+
+def _scores(last: dict[str, float]) -> str:
+    scores = {name: value for name, value in last.items() if name not in ("step", "train_loss")}
+    return f"after {last['step']} steps: " + ", ".join(
+        f"{name.replace('_', ' ')} {scores[name]:.3f}" for name in scores
+    )
+
+
+def _saved(saved_bytes: dict[str, float | None]) -> str:
+    dense, razor, factor = (saved_bytes[key] for key in ("dense", "razor", "factor"))
+    text = f"saved for backward by a step: {dense / 2**20:.1f} MiB dense"
+    return text if razor is None else f"{text}, {razor / 2**20:.1f} MiB razor ({factor:.1f}x less)"
