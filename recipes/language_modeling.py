@@ -131,6 +131,8 @@ def main() -> None:
             model = auto_model.from_pretrained(args.model, dtype=torch.float32)
         if args.objective == "masked" and tokenizer.mask_token is None:
             stop(f"the tokenizer of {args.model!r} has no mask token, which --objective masked needs")
+    # A cache would keep the keys and values of every layer whole. Generation has a setting of its own.
+    model.config.use_cache = False
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", math.inf))
     if not 2 <= args.max_length <= longest:
         stop(f"--max_length {args.max_length} is not between 2 and the model's {longest}")

@@ -263,7 +263,9 @@ def main() -> None:
             "arguments": vars(args),
             "versions": library_versions(),
         }
-        savers = [accelerator.unwrap_model(model).save_pretrained, processor.save_pretrained]
+        # PEFT would look into the base model for words that were added to a vocabulary.
+        save_adapters = partial(accelerator.unwrap_model(model).save_pretrained, save_embedding_layers=False)
+        savers = [save_adapters, processor.save_pretrained]
         if base_model is not None:
             savers.append(lambda folder: base_model.save_pretrained(Path(folder) / "base_model"))
         if args.plot:

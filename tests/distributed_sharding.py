@@ -1,4 +1,4 @@
-"""Razor models sharded by FSDP2, beside the same models in one process; started by test_distributed.py.
+"""Razor models sharded by FSDP, beside the same models in one process; started by test_distributed.py.
 
     accelerate launch --multi_gpu --num_processes 2 distributed_sharding.py FOLDER
 
@@ -25,7 +25,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
@@ -86,6 +87,7 @@ SHARDING: dict[str, Callable[[nn.Module, DeviceMesh], nn.Module]] = {
     "head, resharded": functools.partial(shard_head, reshard=True),
     "Accelerate": shard_by_accelerate,
 }
+OF_FIRST_VERSION = ("bert", "gpt2")
 WITH_LORA = "llama with LoRA"
 OF_HEADS = ("whole", "whole, resharded", "head", "head, resharded")
 
@@ -183,6 +185,27 @@ def case(name: str, sharding: str, config: str, rank: int, ranks: int, mesh: Dev
     }
 
 
+def first_version(name: str, rank: int, ranks: int) -> dict[str, Any]:
+    """FSDP as it was before `fully_shard`, with layers wrapped in modules of its own."""
+    model, batch = fresh(name)
+    alone = get_razor_model(copy.deepcopy(model), RazorConfig.preset("lossless"))
+    alone(**batch).loss.backward()
+    torch.optim.SGD(alone.parameters(), lr=0.1).step()
+    get_razor_model(model, RazorConfig.preset("lossless"))
+    wrapped = {type(module) for module in model.modules() if type(module).__name__ in layer_names(model)}
+    policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=wrapped)
+    sharded = FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=torch.device("cpu"))
+    share = ITEMS // ranks
+    output = sharded(**{key: value[rank * share : (rank + 1) * share] for key, value in batch.items()})
+    lazy = isinstance(output.logits, LazyLogits) and output.logits._dense is None
+    output.loss.backward()
+    torch.optim.SGD(sharded.parameters(), lr=0.1).step()
+    with FullyShardedDataParallel.state_dict_type(sharded, StateDictType.FULL_STATE_DICT):
+        after = sharded.state_dict()
+    differ = max((after[key] - value).abs().max().item() for key, value in alone.state_dict().items())
+    return {"lazy": lazy, "weights_differ": differ}
+
+
 def logits_of_sharded_weights(mesh: DeviceMesh) -> dict[str, str]:
     """What is said to who asks for logits that can no longer be computed, or computes a loss of them."""
     found = {}
@@ -207,6 +230,8 @@ def main(folder: Path) -> None:
     found = {"processes": ranks, "errors": logits_of_sharded_weights(mesh)}
     for name, sharding, config in CASES:
         found[f"{name}, {sharding}, {config}"] = case(name, sharding, config, rank, ranks, mesh)
+    for name in OF_FIRST_VERSION:
+        found[f"{name}, FSDP1"] = first_version(name, rank, ranks)
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
     accelerator.end_training()
 

@@ -170,11 +170,19 @@ def test_sharding_costs_none_of_what_razor_saves(sharding: Reports, name: str, h
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", distributed_sharding.OF_FIRST_VERSION)
+def test_the_first_fsdp_works_as_well(sharding: Reports, name: str) -> None:
+    for report in (ranks[f"{name}, FSDP1"] for ranks in sharding):
+        assert report["weights_differ"] < 1e-5
+        assert report["lazy"] == (name == "gpt2")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("asked_for", ["loss", "logits"])
 def test_logits_of_a_weight_that_is_gone_are_refused_by_name(sharding: Reports, asked_for: str) -> None:
     for report in sharding:
         assert "the head with 64 outputs" in report["errors"][asked_for]
-        assert "`reshard_after_forward`" in report["errors"][asked_for]
+        assert "`reshard_after_forward=True`" in report["errors"][asked_for]
 
 
 def test_a_head_that_zero_3_shards_computes_its_logits() -> None:

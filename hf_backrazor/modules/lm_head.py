@@ -69,7 +69,7 @@ class LazyLogits(Tensor):
         weight: `(classes, features)`.
         bias: `(classes,)` or None.
         steps: the elementwise functions that make up f.
-        before_backward: hooks of FSDP2 that gather the weight before its gradient is computed.
+        before_backward: hooks of FSDP that gather the weight before its gradient is computed.
     """
 
     hidden: Tensor
@@ -153,9 +153,9 @@ class LazyLogits(Tensor):
     def _require_weight(self) -> None:
         if self.weight.untyped_storage().size() == 0 < self.weight.numel():
             raise RuntimeError(
-                f"the logits of the head with {self.weight.shape[0]} outputs are asked for when FSDP2 has sharded its "
-                "weight again; give the model labels, so that it takes the loss in its forward, or read the logits "
-                "before backward and leave `reshard_after_forward` of the whole model at None"
+                f"the logits of the head with {self.weight.shape[0]} outputs are asked for when FSDP has sharded its "
+                "weight again: give the model labels, so that it takes the loss in its forward, read the logits before "
+                "backward, and shard the whole model without `reshard_after_forward=True`"
             )
 
     def _gather_before_backward_of(self, result: Tensor) -> None:
@@ -249,8 +249,9 @@ def _to_float(x: LazyLogits) -> LazyLogits:
 
 
 def _register_hook(x: LazyLogits, hook: Callable[[Tensor], Tensor]) -> Any:
-    # FSDP2's look at no gradient: they run before the backward of a module's output, to gather its weights.
-    if not type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.fsdp"):
+    # FSDP's look at no gradient: they run before the backward of a module's output, to gather its weights.
+    function = getattr(hook, "func", hook)
+    if not (getattr(function, "__module__", None) or "").startswith("torch.distributed.fsdp"):
         return NotImplemented
     x.before_backward.append(hook)
     return None
