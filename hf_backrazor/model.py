@@ -16,7 +16,7 @@ from torch import nn
 from .config import RazorConfig
 from .extension import Extension, extend, restore
 from .model_card import TAG, write_section
-from .modules import OPERATORS, RazorLMHead, RazorModule
+from .modules import OPERATORS, RazorInline, RazorLMHead, RazorModule, RazorOutermost
 from .report import MemoryReport, measure_saved_bytes
 from .targets import matches_target, unmatched_targets
 from .watch import watch_first_forward
@@ -47,15 +47,16 @@ class RazorModel(Extension, _Module):
         if watch := self.__dict__.pop("_razor_watch", None):
             watch.remove()
         for module in list(self.modules()):
-            if isinstance(module, RazorModule):
-                module.uninstall()
-            elif isinstance(module, RazorModel):
-                del module.razor_config
+            if isinstance(module, RazorModel):
+                module.__dict__.pop("razor_config", None)
                 module.__dict__.pop("_razor_report", None)
                 if TAG in (tags := module.__dict__.pop("model_tags", None) or []):
                     tags.remove(TAG)
                 if tags:
                     module.model_tags = tags
+            if isinstance(module, RazorModule):
+                module.clear()
+            if isinstance(module, Extension):
                 restore(module)
         return self
 
@@ -144,6 +145,8 @@ def get_razor_model(model: Model, config: RazorConfig | None = None) -> Model:
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
 
+    # What PEFT's `merge_and_unload` will return is a razor model too.
+    whole = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]
     heads = _heads(model)
     replaced: dict[str, tuple[nn.Module, type[RazorModule]]] = {}
     skipped: dict[str, list[str]] = defaultdict(list)
@@ -151,9 +154,12 @@ def get_razor_model(model: Model, config: RazorConfig | None = None) -> Model:
         operator = next((operator for operator in OPERATORS if operator.handles(module)), None)
         if module in heads and RazorLMHead.handles(module):
             operator = RazorLMHead
-        if operator is not None and not name:
+        if operator is RazorInline and module in whole:
+            operator = RazorOutermost
+        elif operator is not None and not name:
             skipped["its forward is that of the model itself"].append(type(module).__name__)
-        elif operator is not None and "forward" in module.__dict__:
+            continue
+        if operator is not None and "forward" in module.__dict__:
             skipped["its forward was replaced on the instance, as Accelerate's hooks do"].append(name)
         elif operator is not None:
             replaced[name] = (module, operator)
@@ -175,9 +181,7 @@ def get_razor_model(model: Model, config: RazorConfig | None = None) -> Model:
 
     for name, (module, operator) in replaced.items():
         operator.install(module, config.resolve(name))
-    # What PEFT's `merge_and_unload` will return is a razor model too.
-    inner = [model.get_base_model()] if hasattr(model, "get_base_model") else []
-    for prepared in (model, *inner):
+    for prepared in whole:
         extend(prepared, RazorModel)
         prepared.razor_config = config
         if hasattr(prepared, "add_model_tags"):  # of cards that Trainer writes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import replace
 
 import pytest
@@ -91,24 +92,17 @@ def test_convolution_forward_is_bit_equal_and_input_gradients_exact(name: str, m
 
 
 def test_slices_of_samples_make_the_whole_weight_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_backrazor.packing import layout
-
+    slices = sys.modules["hf_backrazor.functional.convolution"].CONVOLUTION_NUMEL
     model = get_razor_model(Alone(nn.Conv2d(4, 6, 3)), RazorConfig())
     x = torch.randn(7, 4, 9, 9)
     grads = []
     for numel in (2**21, 2 * 4 * 81, 1):
-        monkeypatch.setitem(layout.UNPACK_NUMEL, "cpu", numel)
+        monkeypatch.setitem(slices, "cpu", numel)
         model.zero_grad()
         model(x.clone().requires_grad_()).square().sum().backward()
         grads.append(model.layer.weight.grad.clone())
     for other in grads[1:]:
         torch.testing.assert_close(other, grads[0], rtol=1e-4, atol=1e-4)
-
-
-def test_a_convolution_that_pads_in_another_way_is_named() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.Conv2d(4, 4, 3))
-    with pytest.warns(UserWarning, match="pads by padding_mode='reflect': 0"):
-        get_razor_model(model)
 
 
 def test_a_single_image_without_a_batch_runs_dense() -> None:

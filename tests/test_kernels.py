@@ -208,7 +208,7 @@ def linear_input(shape: tuple[int, int], coding: str, k_from: float, bits: int, 
     if coding == "rows":
         return pack(x, PackSpec(k_from, bits=bits))
     cells, _, values = cell_tables(GELU, max(2, bits))
-    base = Packed(CellLayout(x.shape, x.dtype, cells, values), (encode_cells(x, cells),))
+    base = Packed(CellLayout(x.shape, x.dtype, x.shape[1], cells, values), (encode_cells(x, cells),))
     exact = pack(torch.nn.functional.gelu(x), PackSpec(k_from))
     return Packed(CorrectedLayout(base.layout, 1, exact.layout), base.parts + exact.parts)
 

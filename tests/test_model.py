@@ -202,7 +202,7 @@ def test_multihead_attention_is_named() -> None:
 def test_a_linear_layer_of_another_kind_is_named() -> None:
     class Odd(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) * 2
+            return torch.addmm(self.bias, x, self.weight.t())
 
     with pytest.warns(UserWarning, match="Odd has a forward of its own: 1"):
         get_razor_model(nn.Sequential(nn.Linear(4, 4), Odd(4, 4)))

@@ -8,20 +8,30 @@ from .attention import recomputed_attention, sparse_attention
 from .batch_norm import batch_norm
 from .convolution import Geometry, convolution
 from .dropout import dropout
+from .group_norm import group_norm
+from .interpolated_cross_entropy import Resizing, interpolated_cross_entropy
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .norm import layer_norm, rms_norm
-from .pooling import Window, max_pool2d
+from .padding import zero_pad
+from .pooling import Averaging, Window, adaptive_average_pool2d, average_pool2d, max_pool2d
 from .product import product
+from .scaling import scaling
 
 __all__ = [
     "ActivationRule",
+    "Averaging",
     "Geometry",
+    "Resizing",
     "Window",
     "activation",
+    "adaptive_average_pool2d",
+    "average_pool2d",
     "batch_norm",
     "convolution",
     "dropout",
+    "group_norm",
+    "interpolated_cross_entropy",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
@@ -29,5 +39,7 @@ __all__ = [
     "product",
     "recomputed_attention",
     "rms_norm",
+    "scaling",
     "sparse_attention",
+    "zero_pad",
 ]

@@ -11,15 +11,16 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from math import inf
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ..packing import Cells, Packed, PackSpec, encode_cells, pack, pack_bits, unpack_bits
+from ..packing import Cells, Packed, PackSpec, Steps, encode_cells, pack, pack_steps, times_steps
 from ..packing.cells import FINE
-from .layouts import CellLayout, RectifiedLayout
+from .layouts import CellLayout, ChannelAffineLayout, RectifiedLayout
 from .precision import current_autocast
 from .sharing import note_origin, origin_of
 
@@ -39,18 +40,13 @@ class ActivationRule:
     Attributes:
         value: the function.
         reach: its derivative hardly changes below `-reach` and above `reach`.
-        steps: for a derivative with just the two values `low` and 1: maps the input to the bool mask of 1. One bit an
-            element then holds it exactly.
-        low: see `steps`.
-        rectifies: whether the function is max(x, 0), or that up to `top`.
-        top: see `rectifies`.
+        steps: for a derivative of two values. One bit an element then holds it exactly.
+        top: where the function is max(x, 0), the most that it becomes (infinite for ReLU); None for any other.
     """
 
     value: Callable[[Tensor], Tensor]
     reach: float = 4.0
-    steps: Callable[[Tensor], Tensor] | None = None
-    low: float = 0.0
-    rectifies: bool = False
+    steps: Steps | None = None
     top: float | None = None
 
 
@@ -114,7 +110,7 @@ def activation(
 
     Args:
         x: float, any shape.
-        forward: the activation function; its result is returned as it is.
+        forward: the activation function; its result is returned as it is. It may be `x` itself, written to in place.
         rule: what is known of it.
         bits: 2, 3, 4, 8: the input in so many bits. 16: the input in half precision (float16 for wider tensors). 32:
             the input as it is. A derivative of two values always takes one bit. Without a rule, fewer bits than 16
@@ -123,14 +119,20 @@ def activation(
     """
     rule = None if parameters else rule
     if rule is None or rule.steps is not None or bits > 8:
+        origin = origin_of(x)  # before `x` may be written to
         y = _Activation.apply(x, forward, rule, bits, *parameters)
-        if rule is not None and rule.rectifies and (origin := origin_of(x)) is not None:
+        if rule is not None and rule.top is not None and origin and isinstance(origin.layout, ChannelAffineLayout):
             note_origin(y, Packed(RectifiedLayout(origin.layout, rule.top), origin.parts))
         return y
     y, codes = _CodedActivation.apply(x, forward, rule, bits)
     cells, _, values = cell_tables(rule, bits)
-    note_origin(y, Packed(CellLayout(y.shape, y.dtype, cells, values), (codes,)))
+    note_origin(y, Packed(CellLayout(y.shape, y.dtype, _columns(y), cells, values), (codes,)))
     return y
+
+
+def _columns(x: Tensor) -> int:
+    """Elements in a row of codes: what convolutions read together of feature maps, and linear layers of tokens."""
+    return x.shape[2:].numel() if x.dim() > 3 else x.shape[-1] if x.dim() else 1
 
 
 class _CodedActivation(torch.autograd.Function):
@@ -139,12 +141,12 @@ class _CodedActivation(torch.autograd.Function):
         ctx: FunctionCtx, x: Tensor, forward: Callable[[Tensor], Tensor], rule: ActivationRule, bits: int
     ) -> tuple[Tensor, Tensor]:
         cells, derivatives, _ = cell_tables(rule, bits)
-        ctx.layout = CellLayout(x.shape, x.dtype, cells, derivatives)
+        ctx.layout = CellLayout(x.shape, x.dtype, _columns(x), cells, derivatives)
         codes = encode_cells(x.detach().reshape(ctx.layout.matrix), cells)
         ctx.save_for_backward(codes)
         ctx.mark_non_differentiable(codes)
         ctx.set_materialize_grads(False)
-        return forward(x), codes
+        return _call(ctx, forward, x), codes
 
     @staticmethod
     @once_differentiable
@@ -170,14 +172,14 @@ class _Activation(torch.autograd.Function):
     ) -> Tensor:
         ctx.rule, ctx.function = rule, forward if rule is None else rule.value
         if rule is not None and rule.steps is not None:
-            stored = pack_bits(rule.steps(x).reshape(1, -1))
+            stored = pack_steps(x, rule.steps)
         else:
             packed = pack(x, PackSpec(value_dtype="auto" if bits == 32 else "float16"))
             ctx.layout = packed.layout
             ctx.autocast = current_autocast(x.device.type)
             (stored,) = packed.parts
         ctx.save_for_backward(stored, *parameters)
-        return forward(x)
+        return _call(ctx, forward, x)
 
     @staticmethod
     @once_differentiable
@@ -185,8 +187,7 @@ class _Activation(torch.autograd.Function):
         stored, *parameters = ctx.saved_tensors
         rule = ctx.rule
         if rule is not None and rule.steps is not None:
-            mask = unpack_bits(stored, grad_output.numel()).view(grad_output.shape)
-            return torch.where(mask, grad_output, grad_output * rule.low if rule.low else 0), None, None, None
+            return times_steps(grad_output, stored, rule.steps), None, None, None
         x = ctx.layout.unpack((stored,)).detach().requires_grad_()
         with torch.enable_grad(), ctx.autocast:
             output = ctx.function(x)
@@ -196,17 +197,15 @@ class _Activation(torch.autograd.Function):
         return grad_input, None, None, None, *(next(grads) if p.requires_grad else None for p in parameters)
 
 
+def _call(ctx: FunctionCtx, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    y = forward(x)
+    if y is x:
+        ctx.mark_dirty(x)
+    return y
+
+
 def _quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
-
-
-def _positive(x: Tensor) -> Tensor:
-    # Not x > 0: like autograd, a NaN lets the gradient through.
-    return (x <= 0).logical_not_()
-
-
-def _inside_six(x: Tensor) -> Tensor:
-    return ((x <= 0) | (x >= 6)).logical_not_()
 
 
 GELU = ActivationRule(F.gelu)
@@ -215,13 +214,13 @@ QUICK_GELU = ActivationRule(_quick_gelu)
 SILU = ActivationRule(F.silu, reach=8.0)
 MISH = ActivationRule(F.mish, reach=8.0)
 HARDSWISH = ActivationRule(F.hardswish)
+HARDSIGMOID = ActivationRule(F.hardsigmoid, steps=Steps(-3.0, 3.0, inside=1 / 6))
 TANH = ActivationRule(torch.tanh)
 SIGMOID = ActivationRule(torch.sigmoid, reach=8.0)
-RELU = ActivationRule(F.relu, steps=_positive, rectifies=True)
-RELU6 = ActivationRule(F.relu6, steps=_inside_six, rectifies=True, top=6.0)
+RELU = ActivationRule(F.relu, steps=Steps(), top=inf)
+RELU6 = ActivationRule(F.relu6, steps=Steps(high=6.0), top=6.0)
 
 
 def leaky_relu(negative_slope: float) -> ActivationRule:
     """The rule of leaky ReLU with this slope below zero (at most 1)."""
-    function = partial(F.leaky_relu, negative_slope=negative_slope)
-    return ActivationRule(function, steps=lambda x: x > 0, low=negative_slope)
+    return ActivationRule(partial(F.leaky_relu, negative_slope=negative_slope), steps=Steps(outside=negative_slope))

@@ -1,11 +1,6 @@
 """Batch normalisation: the normalised output (or, as in the paper, the input) packed; dbeta exact.
 
-With the statistics of the batch, x_hat = (x - mean) rstd for each channel, and
-
-    dX = gamma rstd (dY - mean(dY) - x_hat mean(dY x_hat))     dgamma = sum(dY x_hat)     dbeta = sum(dY)
-
-with means and sums over batch and space (S. Ioffe and C. Szegedy, "Batch Normalization", 2015). With statistics that
-are fixed, dX = gamma rstd dY, which reads nothing.
+For the formulas see `packing.normalised`.
 """
 
 from __future__ import annotations
@@ -14,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ..packing import Packed, PackSpec, SparseLayout, pack
-from .layouts import ChannelAffineLayout
+from ..packing import Packed, PackSpec, SparseLayout, batch_norm_gradients, pack, packed_batch_norm_gradients
 from .precision import accumulate_dtype
-from .sharing import note_origin, pack_shared
+from .sharing import note_affine, pack_shared
 
 
 def batch_norm(
@@ -53,9 +47,7 @@ def batch_norm(
     statistics = (running_mean, running_var, training, momentum, eps)
     y, *parts = _BatchNorm.apply(x, weight, bias, statistics, spec, from_input)
     if parts:
-        layout = ChannelAffineLayout(SparseLayout(x.shape, x.dtype, spec), weight is not None, bias is not None)
-        scales = tuple(t.detach().clone() for t in (weight, bias) if t is not None)
-        note_origin(y, Packed(layout, (*parts, *scales)))
+        note_affine(y, SparseLayout(x.shape, x.dtype, spec), parts, weight, bias, of_channels=True)
     return y
 
 
@@ -106,25 +98,19 @@ class _BatchNorm(torch.autograd.Function):
         weight, rstd, *parts = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad = grad_output.to(rstd.dtype)
-        scale = rstd if weight is None else rstd * weight.to(rstd.dtype)
-        grad_input = grad_weight = grad_bias = None
-        x_hat = None
-        if ctx.layout is not None:
-            mean = parts.pop(0) if ctx.from_input else None
-            x_hat = ctx.layout.unpack(parts, rstd.dtype)
-            if mean is not None:
-                x_hat = (x_hat - _of_channels(mean, grad)) * _of_channels(rstd, grad)
-        if ctx.training:
-            # The dense operator's gradient at x_hat, which has mean 0 and deviation 1.
-            zero, one = torch.zeros_like(rstd), torch.ones_like(rstd)
-            grad_input, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-                grad.contiguous(), x_hat, scale, None, None, zero, one, True, 0.0, [needs_x, True, True]
-            )
-        else:
-            dimensions = [0, *range(2, grad.dim())]
+        gamma = None if weight is None else weight.to(rstd.dtype)
+        if ctx.layout is None:  # fixed statistics and weight
+            scale = rstd if gamma is None else rstd * gamma
             grad_input = grad * _of_channels(scale, grad) if needs_x else None
-            grad_weight = (grad * x_hat).sum(dimensions) if needs_weight else None
-            grad_bias = grad.sum(dimensions) if needs_bias else None
+            grad_weight, grad_bias = None, grad.sum([0, *range(2, grad.dim())]) if needs_bias else None
+        elif ctx.from_input:
+            mean, *parts = parts
+            x_hat = (ctx.layout.unpack(parts, rstd.dtype) - _of_channels(mean, grad)) * _of_channels(rstd, grad)
+            scale = rstd if gamma is None else rstd * gamma
+            grad_input, grad_weight, grad_bias = batch_norm_gradients(grad, x_hat, scale, ctx.training)
+        else:
+            grads = packed_batch_norm_gradients(grad, ctx.layout, parts, rstd, gamma, ctx.training)
+            grad_input, grad_weight, grad_bias = grads
         return (
             grad_input.to(ctx.input_dtype) if needs_x else None,
             grad_weight.to(weight.dtype) if needs_weight else None,

@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from ..packing import Layout, Packed, PackSpec
-from ..packing.layout import UNPACK_NUMEL
 from .precision import accumulate_dtype, compute_dtype
 from .sharing import pack_shared
+
+# Elements of the input that are unpacked at a time for the weight's gradient.
+CONVOLUTION_NUMEL = {"cpu": 2**23}
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,27 @@ class Geometry:
     transposed: bool
     output_padding: tuple[int, ...]
     groups: int
+
+    @classmethod
+    def of(
+        cls,
+        weight: Tensor,
+        stride: int | Sequence[int],
+        padding: int | str | Sequence[int],
+        dilation: int | Sequence[int],
+        groups: int,
+        output_padding: Sequence[int] | None = None,
+    ) -> Geometry:
+        """From what `torch.nn.functional.conv2d` and its like are given; transposed if there is an `output_padding`."""
+        size = tuple(weight.shape[2:])
+        stride, dilation = _for_each(stride, size), _for_each(dilation, size)
+        if padding == "valid":
+            padding = 0
+        elif padding == "same":
+            padding = tuple(d * (k - 1) // 2 for d, k in zip(dilation, size, strict=True))
+        transposed = output_padding is not None
+        output_padding = tuple(output_padding) if transposed else (0,) * len(size)
+        return cls(stride, _for_each(padding, size), dilation, transposed, output_padding, groups)
 
     def backward(
         self, grad_output: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]
@@ -43,6 +66,11 @@ class Geometry:
             self.groups,
             wanted,
         )
+
+
+def _for_each(value: int | Sequence[int], size: Sequence[int]) -> tuple[int, ...]:
+    """A number for each dimension, where one may stand for all."""
+    return (value,) * len(size) if isinstance(value, int) else tuple(value) * (len(size) // len(value))
 
 
 def convolution(
@@ -98,9 +126,8 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         weight, *parts = ctx.saved_tensors
         kernel = weight.to(grad_output.dtype)
-        # Its shape is all that is read of the input here.
-        shape = grad_output.new_empty(1).expand(ctx.input_shape)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        shape = _shape_alone(grad_output, ctx.input_shape)
         grad_input, _, grad_bias = ctx.geometry.backward(grad_output, shape, kernel, (needs_x, False, needs_bias))
         grad_weight = _grad_weight(ctx, grad_output, kernel, parts) if needs_weight else None
         return (
@@ -111,6 +138,14 @@ class _Convolution(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _shape_alone(like: Tensor, shape: torch.Size) -> Tensor:
+    """An input of which only the shape is read."""
+    if like.device.type == "cpu":
+        # torch makes inputs contiguous here; memory that nobody writes to is never mapped.
+        return like.new_empty(shape)
+    return like.new_empty(1).expand(shape)
 
 
 def _grad_weight(ctx: FunctionCtx, grad_output: Tensor, kernel: Tensor, parts: Sequence[Tensor]) -> Tensor:
@@ -127,7 +162,7 @@ def _grad_weight(ctx: FunctionCtx, grad_output: Tensor, kernel: Tensor, parts: S
 def _samples(layout: Layout, shape: torch.Size, parts: Sequence[Tensor], dtype: torch.dtype):
     """Some samples at a time, unpacked: the first one's number, the last one's and one more, and they."""
     rows = layout.matrix[0] // shape[0] if shape[0] else 0
-    numel = UNPACK_NUMEL.get(parts[0].device.type, shape.numel())
+    numel = CONVOLUTION_NUMEL.get(parts[0].device.type, shape.numel())
     step = max(1, numel * shape[0] // max(shape.numel(), 1)) if layout.sliceable and rows else shape[0]
     if step >= shape[0]:
         yield 0, shape[0], layout.unpack(parts, dtype).reshape(shape)

@@ -6,10 +6,11 @@ Their parts are those of the tensor they are restored from, followed by their ow
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, replace
+from math import inf, prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..packing import (
@@ -17,6 +18,8 @@ from ..packing import (
     Integers,
     Kept,
     Layout,
+    Packed,
+    RowMap,
     SparseLayout,
     decode_cells,
     decode_integers,
@@ -66,28 +69,41 @@ class AffineLayout(Layout):
 class ChannelAffineLayout(AffineLayout):
     """As `AffineLayout` for `(batch, channels, ...)` with a row for each channel: gamma and beta are `(channels,)`."""
 
+    x_hat: SparseLayout
+
     @property
     def matrix(self) -> tuple[int, int]:
         """See `Layout.matrix`."""
         return self.x_hat.matrix
 
-    def unpack_rows(self, parts: Sequence[Tensor], start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """See `Layout.unpack_rows`."""
+    def unpack_rows(
+        self,
+        parts: Sequence[Tensor],
+        start: int,
+        stop: int,
+        dtype: torch.dtype,
+        low: float = -inf,
+        high: float = inf,
+    ) -> Tensor:
+        """See `Layout.unpack_rows`.
+
+        Args:
+            low: no element is below this.
+            high: no element is above this.
+        """
         parts, gamma, beta = self.split(parts)
-        x = self.x_hat.unpack_rows(parts, start, stop, dtype)
-        if gamma is None and beta is None:
-            return x
-        channel = torch.arange(start, stop, device=x.device) % self.shape[1]
-        x = x if gamma is None else x * gamma.to(dtype)[channel].unsqueeze(-1)
-        return x if beta is None else x.add_(beta.to(dtype)[channel].unsqueeze(-1))
+        channel = torch.arange(start, stop, device=parts[0].device) % self.shape[1]
+        wide = torch.promote_types(dtype, torch.float32)
+        gain, offset = (None if t is None else t.to(wide)[channel] for t in (gamma, beta))
+        return self.x_hat.unpack_rows(parts, start, stop, dtype, then=RowMap(gain, offset, low, high))
 
 
 @dataclass(frozen=True)
 class RectifiedLayout(Layout):
-    """max(x, 0), or that up to `top`. Own parts: none."""
+    """max(x, 0), or that up to `top`, of a norm's output. Own parts: none."""
 
-    x: Layout
-    top: float | None = None
+    x: ChannelAffineLayout
+    top: float = inf
 
     @property
     def shape(self) -> torch.Size:
@@ -109,14 +125,9 @@ class RectifiedLayout(Layout):
         """See `Layout.sliceable`."""
         return self.x.sliceable
 
-    @property
-    def coarse(self) -> bool:
-        """See `Layout.coarse`."""
-        return self.x.coarse
-
     def unpack_rows(self, parts: Sequence[Tensor], start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """See `Layout.unpack_rows`."""
-        return self.x.unpack_rows(parts, start, stop, dtype).clamp_(0, self.top)
+        return self.x.unpack_rows(parts, start, stop, dtype, low=0.0, high=self.top)
 
 
 @dataclass(frozen=True)
@@ -124,16 +135,33 @@ class CellLayout(Layout):
     """A function of a tensor of which only the cells are known that its elements lie in. Own part: the codes.
 
     Attributes:
+        columns: elements in a row.
         table: what the function is taken for in each cell.
     """
 
     shape: torch.Size
     dtype: torch.dtype
+    columns: int
     cells: Cells
     table: tuple[float, ...]
 
     sliceable = True
     coarse = True
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """See `Layout.matrix`."""
+        return (prod(self.shape) // self.columns if self.columns else 0), self.columns
+
+    def regrouped(self, parts: Sequence[Tensor], matrix: tuple[int, int]) -> Packed | None:
+        """See `Layout.regrouped`."""
+        if matrix == self.matrix:
+            return Packed(self, tuple(parts))
+        rows, columns = matrix
+        # Where rows end with a byte, codes run on from row to row. Those of three bits are two planes in each row.
+        if self.cells.bits == 3 or columns * self.cells.bits % 8 or self.columns * self.cells.bits % 8:
+            return None
+        return Packed(replace(self, columns=columns), (parts[0].view(rows, -1),))
 
     def unpack_rows(self, parts: Sequence[Tensor], start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """See `Layout.unpack_rows`."""
@@ -163,6 +191,11 @@ class CorrectedLayout(Layout):
     def dtype(self) -> torch.dtype:
         """See `Layout.dtype`."""
         return self.exact.dtype
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """See `Layout.matrix`."""
+        return self.exact.matrix
 
     @property
     def sliceable(self) -> bool:
@@ -202,14 +235,65 @@ class DroppedLayout(Layout):
         return self.x.dtype
 
     @property
+    def matrix(self) -> tuple[int, int]:
+        """See `Layout.matrix`."""
+        return self.x.matrix
+
+    @property
+    def coarse(self) -> bool:
+        """See `Layout.coarse`."""
+        return self.x.coarse
+
+    def regrouped(self, parts: Sequence[Tensor], matrix: tuple[int, int]) -> Packed | None:
+        """See `Layout.regrouped`."""
+        x = self.x.regrouped(parts[:-1], matrix)
+        return None if x is None else Packed(replace(self, x=x.layout), (*x.parts, parts[-1]))
+
+    def unpack_rows(self, parts: Sequence[Tensor], start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """See `Layout.unpack_rows`."""
+        kept = unpack_bits(parts[-1], prod(self.shape)).view(self.matrix)
+        return (self.x.unpack(parts[:-1], dtype).reshape(self.matrix) * kept).mul_(1 / (1 - self.p))
+
+
+@dataclass(frozen=True)
+class PaddedLayout(Layout):
+    """Feature maps with zeros around them. Own parts: none.
+
+    Attributes:
+        x: the maps, with a row for each channel.
+        spatial: their height and width.
+        padding: as `torch.nn.functional.pad` takes it.
+    """
+
+    x: Layout
+    shape: torch.Size
+    spatial: tuple[int, ...]
+    padding: tuple[int, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `Layout.dtype`."""
+        return self.x.dtype
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """See `Layout.matrix`."""
+        return self.x.matrix[0], prod(self.shape[2:])
+
+    @property
+    def sliceable(self) -> bool:
+        """See `Layout.sliceable`."""
+        return self.x.sliceable
+
+    @property
     def coarse(self) -> bool:
         """See `Layout.coarse`."""
         return self.x.coarse
 
     def unpack_rows(self, parts: Sequence[Tensor], start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """See `Layout.unpack_rows`."""
-        kept = unpack_bits(parts[-1], prod(self.shape)).view(self.matrix)
-        return (self.x.unpack(parts[:-1], dtype).reshape(self.matrix) * kept).mul_(1 / (1 - self.p))
+        maps = _rows(self.x, parts, start, stop, dtype).view(-1, *self.spatial)
+        return F.pad(maps, self.padding).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -231,6 +315,11 @@ class ProductLayout(Layout):
     def dtype(self) -> torch.dtype:
         """See `Layout.dtype`."""
         return self.left.dtype
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """See `Layout.matrix`."""
+        return self.left.matrix
 
     @property
     def sliceable(self) -> bool:

@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from ..packing import Packed, PackSpec, SparseLayout, norm_gradients, pack, packed_norm_gradients
-from .layouts import AffineLayout
 from .precision import accumulate_dtype
-from .sharing import note_origin, pack_shared
+from .sharing import note_affine, pack_shared
 
 
 def layer_norm(
@@ -45,7 +44,7 @@ def layer_norm(
         return _LayerNorm.apply(x, weight, bias, tuple(normalized_shape), eps, spec, pack_shared(x, spec))
     y, *parts = _LayerNorm.apply(x, weight, bias, tuple(normalized_shape), eps, spec, None)
     if len(normalized_shape) == 1:
-        _note_affine(y, SparseLayout(x.shape, x.dtype, spec), parts, weight, bias)
+        note_affine(y, SparseLayout(x.shape, x.dtype, spec), parts, weight, bias)
     return y
 
 
@@ -77,17 +76,8 @@ def rms_norm(
         return _RMSNorm.apply(x, weight, eps, spec, pack_shared(x, spec), offset, forward)
     y, *parts = _RMSNorm.apply(x, weight, eps, spec, None, offset, forward)
     gamma = weight if weight is None or not offset else weight.detach() + offset
-    _note_affine(y, SparseLayout(x.shape, x.dtype, spec), parts, gamma, None)
+    note_affine(y, SparseLayout(x.shape, x.dtype, spec), parts, gamma, None)
     return y
-
-
-def _note_affine(
-    y: Tensor, layout: SparseLayout, parts: Sequence[Tensor], gamma: Tensor | None, beta: Tensor | None
-) -> None:
-    """Let consumers of `y` = gamma x_hat + beta read the norm's x_hat."""
-    # Copies: the consumer's backward may run while the norm's own parameters are sharded away (FSDP, ZeRO).
-    scales = tuple(x.detach().clone() for x in (gamma, beta) if x is not None)
-    note_origin(y, Packed(AffineLayout(layout, gamma is not None, beta is not None), (*parts, *scales)))
 
 
 class _LayerNorm(torch.autograd.Function):

@@ -1,4 +1,8 @@
-"""A tensor times one trained number for each of its columns: dX exact, the numbers' gradient from the packed tensor."""
+"""A tensor times one number for each of its columns or rows: dX exact, the numbers' gradient from the packed tensor.
+
+Columns: the trained vectors of DoRA, IA3 and layer scale. Rows: gates of channels (squeeze and excitation), layer scale
+of feature maps, weights of experts' tokens.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +19,21 @@ def scaling(x: Tensor, scale: Tensor, spec: PackSpec) -> Tensor:
     """`x * scale` with `x` packed: dX = dY scale is exact, and dscale = sum(dY x) takes x from its packed copy.
 
     Args:
-        x: `(..., n)`, float.
-        scale: `(n,)`, or `(1, ..., 1, n)` with no more dimensions than `x`; float.
+        x: float, in rows of the last `spec.row_dims` dimensions.
+        scale: float, with no more dimensions than `x`; either a vector along the last dimension, where rows have one
+            dimension, or any that has size 1 along the dimensions of a row.
         spec: how `x` is packed, where no other operator's copy serves (see `pack_shared`).
 
     Returns:
         As `x`, bit-equal to the dense product, in the dtype that it has.
     """
-    return _Scaling.apply(x, scale, pack_shared(x, spec))
+    return _Scaling.apply(x, scale, pack_shared(x, spec), spec.row_dims)
 
 
 class _Scaling(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor, packed: Packed) -> Tensor:
-        ctx.layout, ctx.input_dtype = packed.layout, x.dtype
+    def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor, packed: Packed, row_dims: int) -> Tensor:
+        ctx.layout, ctx.input_dtype, ctx.row_dims = packed.layout, x.dtype, row_dims
         ctx.save_for_backward(scale, *packed.parts)
         return x * scale
 
@@ -41,8 +46,28 @@ class _Scaling(torch.autograd.Function):
             grad_x = (grad_output * scale).to(ctx.input_dtype)
         if ctx.needs_input_grad[1]:
             grad_rows = grad_output.reshape(ctx.layout.matrix)
-            total = grad_rows.new_zeros(scale.numel(), dtype=accumulate_dtype(grad_rows))
-            for start, stop, x in ctx.layout.slices(parts, grad_output.dtype):
-                total += (grad_rows[start:stop] * x).sum(0, dtype=total.dtype)
+            dtype = accumulate_dtype(grad_rows)
+            slices = ctx.layout.slices(parts, grad_output.dtype)
+            if scale.shape[-1] == 1:
+                each = [(grad_rows[start:stop] * x).sum(1, dtype=dtype) for start, stop, x in slices]
+                by_row = torch.cat(each).view(*grad_output.shape[: -ctx.row_dims], *(1,) * ctx.row_dims)
+                total = by_row.sum_to_size(scale.shape)
+            else:
+                total = grad_rows.new_zeros(scale.numel(), dtype=dtype)
+                for start, stop, x in slices:
+                    total += (grad_rows[start:stop] * x).sum(0, dtype=dtype)
             grad_scale = total.view(scale.shape).to(scale.dtype)
-        return grad_x, grad_scale, None
+        return grad_x, grad_scale, None, None
+
+
+def rows_of_scaling(x: Tensor, scale: Tensor) -> int | None:
+    """How many dimensions a row has, that `scaling` may take `x` and `scale`; None if it cannot."""
+    if not 0 < scale.dim() <= x.dim() or torch.broadcast_shapes(x.shape, scale.shape) != x.shape:
+        return None
+    if 1 < scale.numel() == scale.shape[-1] < x.numel():
+        return 1
+    whole = (1,) * (x.dim() - scale.dim()) + tuple(scale.shape)
+    spatial = max(1, x.dim() - 2)
+    if x.dim() > 1 and whole[-spatial:] == (1,) * spatial and x.shape[-spatial:].numel() > 1:
+        return spatial
+    return None

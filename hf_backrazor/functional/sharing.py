@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..packing import Packed, PackSpec, SparseLayout, pack
-from .layouts import CorrectedLayout
+from .layouts import AffineLayout, ChannelAffineLayout, CorrectedLayout
 
 
 @dataclass
@@ -48,6 +49,30 @@ def note_origin(x: Tensor, origin: Packed) -> None:
         entry.origin = origin
 
 
+def note_affine(
+    y: Tensor,
+    x_hat: SparseLayout,
+    parts: Sequence[Tensor],
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    of_channels: bool = False,
+) -> None:
+    """Let consumers of `y` = gamma x_hat + beta read the norm's x_hat.
+
+    Args:
+        y: the norm's output.
+        x_hat: layout of the packed x_hat.
+        parts: of x_hat.
+        gamma: a number for each column, or None: 1.
+        beta: as gamma, or None: 0.
+        of_channels: gamma and beta have a number for each channel instead, and x_hat a row for each.
+    """
+    # Copies: the consumer's backward may run while the norm's own parameters are sharded away (FSDP, ZeRO).
+    scales = tuple(x.detach().clone() for x in (gamma, beta) if x is not None)
+    kind = ChannelAffineLayout if of_channels else AffineLayout
+    note_origin(y, Packed(kind(x_hat, gamma is not None, beta is not None), (*parts, *scales)))
+
+
 def origin_of(x: Tensor) -> Packed | None:
     """How `x` is restored from what the operator that made it saves; None if that is not known."""
     entry = _entries.get(x)
@@ -72,16 +97,15 @@ def pack_shared(x: Tensor, spec: PackSpec, dtype: torch.dtype | None = None) -> 
         return pack(x.detach().to(dtype), spec)
     key = (spec, dtype)
     if key not in entry.copies:
-        if spec.bits and entry.origin is not None and _same_rows(entry.origin, x, spec):
-            entry.copies[key] = _correct(entry.origin, x.detach().to(dtype), spec)
-        else:
+        origin = None
+        if spec.bits and entry.origin is not None:
+            # In the rows that the consumer reads: tokens, or feature maps.
+            origin = entry.origin.layout.regrouped(entry.origin.parts, SparseLayout(x.shape, x.dtype, spec).matrix)
+        if origin is None:
             entry.copies[key] = pack(x.detach().to(dtype), spec)
+        else:
+            entry.copies[key] = _correct(origin, x.detach().to(dtype), spec)
     return entry.copies[key]
-
-
-def _same_rows(origin: Packed, x: Tensor, spec: PackSpec) -> bool:
-    """Whether what `x` is restored from is in the rows that its consumer reads: tokens, or feature maps."""
-    return origin.layout.matrix == SparseLayout(x.shape, x.dtype, spec).matrix
 
 
 def _correct(origin: Packed, x: Tensor, spec: PackSpec) -> Packed:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from math import inf
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ CODINGS = {"none": 0, "mask": 1, "positions": 2, "offsets": 3}
 # Elements of a set that one block of a GPU's threads holds in its registers.
 TRITON_LIMIT = 16384
 
-_int, _pointer = ctypes.c_int64, ctypes.c_void_p
+_int, _float, _pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
 class _PackArgs(ctypes.Structure):
@@ -71,6 +72,10 @@ class UnpackArgs(ctypes.Structure):
         ("centre", _pointer),
         ("group", _int),
         ("first", _int),
+        ("gain", _pointer),
+        ("offset", _pointer),
+        ("low", _float),
+        ("high", _float),
         ("keep_base", _int),
         ("out_dtype", _int),
         ("out", _pointer),
@@ -218,9 +223,13 @@ def unpack(
     coding: str,
     bits: int,
     levels: Sequence[float],
+    gain: Tensor | None,
+    offset: Tensor | None,
+    low: float,
+    high: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Rows that `pack` packed.
+    """Rows that `pack` packed; of each element x, gain x + offset, limited.
 
     Args:
         values, index, scale, fields: what `pack` returned, or rows of it; None where it has no elements. Without a
@@ -231,6 +240,8 @@ def unpack(
         rows, n: of the result.
         k, coding, bits: as for `pack`.
         levels: what each code stands for at a scale of 1.
+        gain, offset: float32, a number for each row; or None: 1 and 0.
+        low, high: limits of the result, infinite for none.
         dtype: float32 or bfloat16.
 
     Returns:
@@ -241,6 +252,9 @@ def unpack(
     arguments, _used = unpack_arguments(
         values, index, scale, fields, centre, group, first, rows, n, k, coding, bits, levels
     )
+    gain, offset = (None if t is None else t.contiguous() for t in (gain, offset))
+    arguments.gain, arguments.offset = address(gain), address(offset)
+    arguments.low, arguments.high = low, high
     arguments.keep_base = base is not None
     arguments.out_dtype = DTYPES[dtype]
     arguments.out = out.data_ptr()
@@ -286,12 +300,32 @@ def unpack_arguments(
         centre=address(centre),
         group=group,
         first=first,
+        low=-inf,
+        high=inf,
     )
     return arguments, (values, index, scale, fields, centre, table)
 
 
 def _fake_unpack(
-    values, index, scale, fields, centre, group, first, base, rows, n, k, coding, bits, levels, dtype
+    values,
+    index,
+    scale,
+    fields,
+    centre,
+    group,
+    first,
+    base,
+    rows,
+    n,
+    k,
+    coding,
+    bits,
+    levels,
+    gain,
+    offset,
+    low,
+    high,
+    dtype,
 ) -> Tensor:
     source = next(part for part in (values, fields, base) if part is not None)
     return source.new_empty((rows, n), dtype=dtype)
@@ -308,7 +342,8 @@ _operators.define(
 )
 _operators.define(
     "unpack(Tensor? values, Tensor? index, Tensor? scale, Tensor? fields, Tensor? centre, int group, int first, "
-    "Tensor? base, int rows, int n, int k, str coding, int bits, float[] levels, ScalarType dtype) -> Tensor"
+    "Tensor? base, int rows, int n, int k, str coding, int bits, float[] levels, Tensor? gain, Tensor? offset, "
+    "float low, float high, ScalarType dtype) -> Tensor"
 )
 _operators.impl("pack", pack, "CPU")
 _operators.impl("unpack", unpack, "CPU")

@@ -1,7 +1,8 @@
 """Razor versions of the modules that models are made of.
 
-An operator is one class, derived from `RazorModule`, in one file of this folder; `OPERATORS` lists them. `RazorLMHead`
-stands beside the list: which layer is a language model's head, its type does not tell.
+An operator is one class, derived from `RazorModule`, in one file of this folder; `OPERATORS` lists them. Two stand
+beside the list, as a type does not tell which layer is a language model's head (`RazorLMHead`), nor which module is the
+model itself (`RazorOutermost`).
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from .base import RazorModule
 from .batch_norm import RazorBatchNorm
 from .convolution import RazorConvolution
 from .dropout import RazorDropout
-from .inline import RazorInline
+from .group_norm import RazorGroupNorm, RazorInstanceNorm
+from .inline import RazorInline, RazorOutermost
 from .linear import RazorConv1D, RazorLinear
 from .lm_head import RazorLMHead
 from .norm import RazorLayerNorm, RazorRMSNorm
-from .pooling import RazorMaxPool2d
+from .padding import RazorZeroPad
+from .pooling import RazorAveragePool2d, RazorMaxPool2d
 
 OPERATORS: tuple[type[RazorModule], ...] = (
     RazorLinear,
@@ -25,7 +28,11 @@ OPERATORS: tuple[type[RazorModule], ...] = (
     RazorRMSNorm,
     RazorConvolution,
     RazorBatchNorm,
+    RazorGroupNorm,
+    RazorInstanceNorm,
     RazorMaxPool2d,
+    RazorAveragePool2d,
+    RazorZeroPad,
     RazorActivation,
     RazorDropout,
     RazorAttention,
@@ -36,15 +43,20 @@ __all__ = [
     "OPERATORS",
     "RazorActivation",
     "RazorAttention",
+    "RazorAveragePool2d",
     "RazorBatchNorm",
     "RazorConv1D",
     "RazorConvolution",
     "RazorDropout",
+    "RazorGroupNorm",
     "RazorInline",
+    "RazorInstanceNorm",
     "RazorLMHead",
     "RazorLayerNorm",
     "RazorLinear",
     "RazorMaxPool2d",
     "RazorModule",
+    "RazorOutermost",
     "RazorRMSNorm",
+    "RazorZeroPad",
 ]

@@ -12,6 +12,7 @@ from ..functional import activation
 from ..functional.activation import (
     GELU,
     GELU_TANH,
+    HARDSIGMOID,
     HARDSWISH,
     MISH,
     QUICK_GELU,
@@ -45,6 +46,7 @@ RULES: dict[type[nn.Module], ActivationRule | Callable[[nn.Module], ActivationRu
     nn.SiLU: SILU,
     nn.Mish: MISH,
     nn.Hardswish: HARDSWISH,
+    nn.Hardsigmoid: HARDSIGMOID,
     nn.Tanh: TANH,
     nn.Sigmoid: SIGMOID,
     nn.ReLU: RELU,
@@ -61,21 +63,14 @@ if hasattr(hf, "SqrtSoftplusActivation"):  # in newer versions of Transformers
 
 
 class RazorActivation(RazorModule):
-    """An activation function that stands as a module."""
+    """An activation function that stands as a module, also one that works in place."""
 
     kind = "activation"
 
     @classmethod
     def handles(cls, module: nn.Module) -> bool:
-        """See `RazorModule.handles`. In-place functions are left alone: they have a contract with their caller."""
-        return type(module) in RULES and not getattr(module, "inplace", False)
-
-    @classmethod
-    def cannot_handle(cls, module: nn.Module) -> str | None:
-        """See `RazorModule.cannot_handle`."""
-        if type(module) in RULES and not cls.handles(module):
-            return f"{type(module).__name__} works in place"
-        return None
+        """See `RazorModule.handles`."""
+        return type(module) in RULES
 
     @classmethod
     def install(cls, module: nn.Module, config: RazorConfig) -> None:
@@ -94,7 +89,8 @@ class RazorActivation(RazorModule):
     def forward(self, x: Tensor) -> Tensor:
         """As the plain module; saves `x`, in few bits or as it is."""
         parameters = tuple(self.parameters())
-        if not self.razor_active(x, *parameters) or not self.worth_packing(x):
+        active = self.razor_active(x, *parameters) and self.worth_packing(x)
+        if not active or (getattr(self, "inplace", False) and x._is_view()):  # see `RazorDropout`
             return super().forward(x)
         return activation(x, super().forward, self.rule, self.razor_config.activation_bits, parameters)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import RazorConfig
-from ..extension import Extension, extend, restore
+from ..extension import Extension, extend
 from ..packing import PackSpec
 
 if TYPE_CHECKING:
@@ -51,11 +51,10 @@ class RazorModule(Extension, _Module):
         module.razor_config = config
         module.razor_enabled = True
 
-    def uninstall(self) -> None:
-        """Undo `install`."""
+    def clear(self) -> None:
+        """Delete what `install` added to the object; its class is still extended."""
         for name in [name for name in self.__dict__ if name.startswith("razor_")]:
             del self.__dict__[name]
-        restore(self)
 
     # The compiler breaks its graph here, and the module does what it does without it. It could trace one module, not
     # which of them share a tensor.
@@ -125,4 +124,13 @@ def forward_source(cls: type[nn.Module]) -> str:
     try:
         return inspect.getsource(inspect.unwrap(cls.forward))
     except (OSError, TypeError):  # defined at a prompt or in C
+        return ""
+
+
+@cache
+def class_source(cls: type[nn.Module]) -> str:
+    """Source of the class; empty where there is none to read."""
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):
         return ""

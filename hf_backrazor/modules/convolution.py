@@ -28,8 +28,6 @@ class RazorConvolution(RazorModule):
         """See `RazorModule.cannot_handle`."""
         if not isinstance(module, _TYPES) or cls.handles(module):
             return None
-        if module.padding_mode != "zeros":
-            return f"{type(module).__name__} pads by padding_mode={module.padding_mode!r}"
         return f"{type(module).__name__} has a forward of its own"
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -39,14 +37,12 @@ class RazorConvolution(RazorModule):
         if not batched or not self.razor_active(x, self.weight) or not self.worth_packing(x):
             return super().forward(x, *arguments)
         spatial = x.dim() - 2
-        output_padding = (0,) * spatial
+        output_padding = None
         if self.transposed:
-            output_padding = tuple(
-                self._output_padding(
-                    x, output_size, self.stride, self.padding, self.kernel_size, spatial, self.dilation
-                )
+            output_padding = self._output_padding(
+                x, output_size, self.stride, self.padding, self.kernel_size, spatial, self.dilation
             )
-        geometry = Geometry(self.stride, _padding(self), self.dilation, self.transposed, output_padding, self.groups)
+        geometry = Geometry.of(self.weight, self.stride, self.padding, self.dilation, self.groups, output_padding)
         plain = super().forward
         spec = replace(input_spec(self.razor_config), row_dims=spatial)
         return convolution(x, self.weight, self.bias, geometry, lambda x: plain(x, *arguments), spec)
@@ -54,13 +50,3 @@ class RazorConvolution(RazorModule):
     def razor_repr(self) -> str:
         """See `RazorModule.razor_repr`."""
         return describe(input_spec(self.razor_config))
-
-
-def _padding(module: nn.Module) -> tuple[int, ...]:
-    """Padding on either side, where the module may say "same" or "valid"."""
-    if module.padding == "valid":
-        return (0,) * len(module.kernel_size)
-    if module.padding == "same":
-        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        return tuple(size // 2 for size in total)
-    return module.padding

@@ -1,33 +1,48 @@
 """Operators that a module's own forward applies without a module for them.
 
-These are dropout as a function (`nn.functional.dropout`, in OPT, BART and Whisper), the product of a gated MLP
-(`act(gate) * up`, in Llama and its kin), and a product with a trained vector (PEFT's DoRA and IA3, layer scale).
+Model code calls `torch.nn.functional` directly: dropout in OPT, BART and Whisper, convolutions and norms in BiT,
+pooling and activation functions in many a network for images. And it multiplies: a gated MLP (`act(gate) * up`, in
+Llama and its kin), a gate of channels (squeeze and excitation), a trained vector (PEFT's DoRA and IA3, layer scale).
+The model itself resizes logits before its loss, in dense prediction.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
-from ..functional import dropout, product
-from ..functional.scaling import scaling
-from ..functional.sharing import origin_of
 from .activation import RazorActivation
-from .base import RazorModule, describe, forward_source, input_spec, product_spec, whole_shape
+from .base import RazorModule, describe, forward_source, input_spec, norm_spec, whole_shape
+from .calls import OwnCalls
+from .resized_logits import resizes_logits
 
-_DROPOUT = re.compile(r"\b(?:functional|F)\.dropout\(")
+_FUNCTIONAL = r"\b(?:functional|F)\."
+# Kind of function -> how its calls are written.
+_CALLED = {
+    "dropout": re.compile(_FUNCTIONAL + r"dropout\("),
+    "activation": re.compile(
+        _FUNCTIONAL + r"(?:relu6?|gelu|silu|mish|hardswish|hardsigmoid|leaky_relu)\(|\btorch\.relu\("
+    ),
+    "linear": re.compile(_FUNCTIONAL + r"linear\("),
+    "convolution": re.compile(_FUNCTIONAL + r"conv[123]d\(|\b_conv_forward\("),
+    "norm": re.compile(_FUNCTIONAL + r"(?:layer|group)_norm\("),
+    "pooling": re.compile(_FUNCTIONAL + r"(?:max|avg|adaptive_avg)_pool2d\("),
+    "padding": re.compile(_FUNCTIONAL + r"pad\(|\bapply_tf_padding\("),  # the latter in MobileNets
+}
+_SUPER = re.compile(r"\bsuper\(\)\.forward\(")
 _PRODUCT = re.compile(r"[^*]\*\s*[\w(]|\bmul(?:tiply)?\(")
-_MULTIPLICATIONS = (torch.mul, torch.multiply, Tensor.mul, Tensor.multiply)
+
+# Layers whose forward is one call; a subclass with a forward of its own makes it through `super()`.
+_LAYERS = {nn.LayerNorm: "norm", nn.GroupNorm: "norm", nn.Linear: "linear", nn.modules.conv._ConvNd: "convolution"}
 
 
 class RazorInline(RazorModule):
-    """A module whose forward calls `nn.functional.dropout`, or multiplies the output of its activation function, or
-    multiplies by a vector that it trains."""
+    """A module whose forward calls functions of `torch.nn.functional` that razor has operators for, or multiplies the
+    output of an activation function, or multiplies by a vector that it trains, or resizes logits for a loss."""
 
     kind = "inline"
     # These are the decoder layers that FSDP and device maps know by the name of their class.
@@ -37,39 +52,72 @@ class RazorInline(RazorModule):
     def handles(cls, module: nn.Module) -> bool:
         """See `RazorModule.handles`."""
         if type(module).__module__.startswith("torch.nn."):
-            return False
-        return _drops(module) or _multiplies(module) or _scales(module)
+            # These have operators of their own, but for a convolution that pads before it calls the function.
+            return isinstance(module, nn.modules.conv._ConvNd) and module.padding_mode != "zeros"
+        return bool(_called(module)) or _multiplies(module) or _scales(module) or resizes_logits(module)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the plain module."""
-        if not (self.training and self.razor_enabled):
-            return super().forward(*args, **kwargs)
-        with _Inline(self):
-            return super().forward(*args, **kwargs)
+    @classmethod
+    def members(cls, plain_class: type[nn.Module]) -> dict[str, Any]:
+        """See `Extension.members`: a forward with the plain one's signature, from which Trainer reads what it takes."""
+
+        @functools.wraps(plain_class.forward)
+        def forward(self: RazorInline, *args: Any, **kwargs: Any) -> Any:
+            if not (self.training and self.razor_enabled) or torch.compiler.is_compiling():
+                return plain_class.forward(self, *args, **kwargs)
+            with OwnCalls(self):
+                return plain_class.forward(self, *args, **kwargs)
+
+        return {"forward": forward}
 
     def razor_repr(self) -> str:
         """See `RazorModule.razor_repr`."""
-        what = ["functional dropout in 1 bit"] if _drops(self) else []
+        config = self.razor_config
+        packed, normed = (describe(spec).removeprefix("razor=") for spec in (input_spec(config), norm_spec(config)))
+        details = {
+            "dropout": "functional dropout in 1 bit",
+            "activation": f"functional activation in {config.activation_bits} bits",
+            "linear": f"functional linear, {packed}",
+            "convolution": f"functional convolution, {packed}",
+            "norm": f"functional norm, {normed} of {config.norm}",
+            "pooling": "functional pooling",
+            "padding": "padding that is restored",
+        }
+        what = [details[kind] for kind in _called(self)]
         if _multiplies(self):
-            what.append(f"gated product in {self.razor_config.activation_bits} bits")
+            what.append(f"gated product in {config.activation_bits} bits")
         if _scales(self):
-            what.append("scaled tensor, " + describe(input_spec(self.razor_config)).removeprefix("razor="))
+            what.append(f"scaled tensor, {packed}")
+        if resizes_logits(self):
+            what.append("loss in bands, resized logits on demand")
         return "razor=" + ", ".join(what)
 
 
-def _source(module: nn.Module) -> str:
-    return forward_source(module.plain_class if isinstance(module, RazorModule) else type(module))
+class RazorOutermost(RazorInline):
+    """The model itself, where its forward is such. The compiler is left it: it would compile nothing otherwise."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the plain module's."""
+        return super(RazorModule, self).__call__(*args, **kwargs)
 
 
-def _drops(module: nn.Module) -> bool:
-    return bool(_DROPOUT.search(_source(module)))
+def _plain(module: nn.Module) -> type[nn.Module]:
+    return module.plain_class if isinstance(module, RazorModule) else type(module)
+
+
+def _called(module: nn.Module) -> list[str]:
+    """Kinds of functions that the forward calls."""
+    source = forward_source(_plain(module))
+    kinds = [kind for kind, words in _CALLED.items() if words.search(source)]
+    if _SUPER.search(source):
+        kinds += [kind for layer, kind in _LAYERS.items() if isinstance(module, layer) and kind not in kinds]
+    return kinds
 
 
 def _multiplies(module: nn.Module) -> bool:
-    has_activation = any(
-        isinstance(child, RazorActivation) or RazorActivation.handles(child) for child in module.children()
-    )
-    return has_activation and bool(_PRODUCT.search(_source(module)))
+    if not _PRODUCT.search(forward_source(_plain(module))):
+        return False
+    inner = [part for child in module.children() if isinstance(child, nn.Sequential) for part in child]
+    return any(isinstance(m, RazorActivation) or RazorActivation.handles(m) for m in (*module.children(), *inner))
 
 
 def _scales(module: nn.Module) -> bool:
@@ -78,45 +126,4 @@ def _scales(module: nn.Module) -> bool:
     shapes = [whole_shape(parameter) for owner in owners for parameter in owner.parameters(recurse=False)]
     if not shapes or any(shape.numel() != max(shape, default=0) for shape in shapes):
         return False
-    return not type(module).__name__.endswith("Norm") and bool(_PRODUCT.search(_source(module)))
-
-
-class _Inline(TorchFunctionMode):
-    """Takes the calls in question while it is active."""
-
-    def __init__(self, module: RazorInline) -> None:
-        super().__init__()
-        self._module = module
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func is F.dropout:
-            return self._dropout(*args, **(kwargs or {}))
-        if func in _MULTIPLICATIONS and not kwargs and self._is_gated(*args):
-            return product(*args, product_spec(self._module.razor_config))
-        if func in _MULTIPLICATIONS and not kwargs:
-            for x, scale in (args, args[::-1]):
-                if self._is_scaled(x, scale):
-                    return scaling(x, scale, input_spec(self._module.razor_config))
-        return func(*args, **(kwargs or {}))
-
-    def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        module = self._module
-        if training and not inplace and 0 < p < 1 and module.razor_active(input) and module.worth_packing(input):
-            return dropout(input, p)
-        return F.dropout(input, p, training, inplace)
-
-    def _is_gated(self, x: Any, y: Any) -> bool:
-        """Whether one of the factors can be restored from what an activation function saves."""
-        if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape and x.dtype == y.dtype):
-            return False
-        if not (self._module.razor_active(x, y) and self._module.worth_packing(x)):
-            return False
-        return any((origin := origin_of(factor)) is not None and origin.layout.coarse for factor in (x, y))
-
-    def _is_scaled(self, x: Any, scale: Any) -> bool:
-        """Whether `scale` is a trained vector along the last dimension of `x`, so that `x` would be saved for it."""
-        if not (isinstance(x, Tensor) and isinstance(scale, Tensor) and scale.requires_grad):
-            return False
-        if not (0 < scale.dim() <= x.dim() and scale.numel() == scale.shape[-1] == x.shape[-1] < x.numel()):
-            return False
-        return self._module.razor_active(scale) and self._module.worth_packing(x)
+    return not type(module).__name__.endswith("Norm") and bool(_PRODUCT.search(forward_source(_plain(module))))

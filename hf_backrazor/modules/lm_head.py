@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.utils._pytree import tree_map
 from transformers.utils import logging
 
 from ..functional import linear_cross_entropy
 from ..functional.precision import autocast_is_on, current_autocast
+from .lazy import LazyTensor, widened_dtype
 from .linear import RazorLinear
 
 logger = logging.get_logger(__name__)
@@ -61,7 +61,7 @@ def _leaves_after_forward(head: nn.Module) -> bool:
     return getattr(group, "_reshard_after_forward", True)
 
 
-class LazyLogits(Tensor):
+class LazyLogits(LazyTensor):
     """The logits `f(hidden weight^T + bias)`, not computed yet.
 
     Attributes:
@@ -90,18 +90,12 @@ class LazyLogits(Tensor):
         if dtype is None:
             # As the plain head's, under autocast as well.
             dtype = F.linear(hidden[..., :0, :].detach(), weight[:1].detach()).dtype
-        self = torch.Tensor._make_wrapper_subclass(
-            cls, (*hidden.shape[:-1], weight.shape[0]), dtype=dtype, device=hidden.device, requires_grad=True
-        )
+        self = cls.standing_for((*hidden.shape[:-1], weight.shape[0]), dtype, hidden.device)
         self.hidden, self.weight, self.bias, self.steps = hidden, weight, bias, steps
         # The loss may be computed, and the logits asked for, outside of the autocast that the head was called in.
         self.autocast = current_autocast(hidden.device.type)
         self.before_backward = []
-        self._dense = None
         return self
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
 
     def elementwise(self, z: Tensor) -> Tensor:
         """f."""
@@ -127,18 +121,16 @@ class LazyLogits(Tensor):
         """The logits of other tokens, or of the same ones in another shape."""
         return self._with(hidden, self.steps, self.dtype)
 
-    def compute(self, asked_by: str) -> Tensor:
-        """The dense logits, computed once, and part of the graph."""
-        if self._dense is None:
-            self._require_weight()
-            logger.warning_once(
-                f"the logits of the head with {self.weight.shape[0]} outputs are computed whole, as `{asked_by}` asks "
-                "for them; `torch.nn.functional.cross_entropy` over class numbers does without"
-            )
-            with self.autocast:
-                self._dense = self.elementwise(F.linear(self.hidden, self.weight, self.bias))
-            self._gather_before_backward_of(self._dense)
-        return self._dense
+    def _compute(self, asked_by: str) -> Tensor:
+        self._require_weight()
+        logger.warning_once(
+            f"the logits of the head with {self.weight.shape[0]} outputs are computed whole, as `{asked_by}` asks "
+            "for them; `torch.nn.functional.cross_entropy` over class numbers does without"
+        )
+        with self.autocast:
+            dense = self.elementwise(F.linear(self.hidden, self.weight, self.bias))
+        self._gather_before_backward_of(dense)
+        return dense
 
     def loss(self, labels: Tensor, ignore_index: int, label_smoothing: float, reduction: str) -> Tensor:
         """Their cross entropy; see `linear_cross_entropy`."""
@@ -163,43 +155,6 @@ class LazyLogits(Tensor):
             for hook in self.before_backward:
                 result.register_hook(hook)
 
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if (name == "__get__" and getattr(func.__self__, "__name__", "") in _METADATA) or name in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        handler = (_LOG_PROB_HANDLERS if cls is LazyLogProbs else _HANDLERS).get(name)
-        # Once they are computed they may have been written to.
-        if handler is not None and isinstance(args[0], LazyLogits) and args[0]._dense is None:
-            result = handler(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-
-        def dense(x: Any) -> Any:
-            return x.compute(name) if isinstance(x, LazyLogits) else x
-
-        return func(*tree_map(dense, args), **tree_map(dense, kwargs))
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        # Reached only from C++, where no function above intercepts.
-        def dense(x: Any) -> Any:
-            return x.compute(str(func)).detach() if isinstance(x, LazyLogits) else x
-
-        return func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
-
-
-_METADATA = frozenset(
-    (
-        *("shape", "dtype", "device", "layout", "ndim", "names", "requires_grad", "is_leaf", "grad_fn", "_base"),
-        *("is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "is_sparse", "is_quantized", "is_nested"),
-        *("size", "dim", "numel", "nelement", "__len__", "get_device"),
-        *("is_floating_point", "is_complex", "is_contiguous"),
-    )
-)
-
 
 class LazyLogProbs(LazyLogits):
     """`sign` times the log probabilities that belong to logits, not computed yet: what Trainer smooths labels with."""
@@ -213,9 +168,8 @@ class LazyLogProbs(LazyLogits):
         self.sign, self.autocast, self.before_backward = sign, x.autocast, x.before_backward
         return self
 
-    def compute(self, asked_by: str) -> Tensor:
-        """See `LazyLogits.compute`."""
-        return self.sign * F.log_softmax(super().compute(asked_by), dim=-1)
+    def _compute(self, asked_by: str) -> Tensor:
+        return self.sign * F.log_softmax(super()._compute(asked_by), dim=-1)
 
     def of_labels(self, labels: Tensor, label_smoothing: float) -> Tensor:
         """That of each token's label, or with a smoothing of 1 the mean over all classes: as `labels`."""
@@ -233,15 +187,10 @@ class _Widening(NamedTuple):
 
 
 def _cast(x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
-    if any(isinstance(argument, Tensor) for argument in args) or kwargs.get("copy"):
+    dtype = widened_dtype(x, *args, **kwargs)
+    if dtype is None:
         return NotImplemented
-    device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
-    if memory_format is not None or (device is not None and device != x.device):
-        return NotImplemented
-    if dtype is None or dtype == x.dtype:
-        return x
-    widens = dtype.is_floating_point and dtype.itemsize > x.dtype.itemsize
-    return x.then(_Widening(dtype), dtype) if widens else NotImplemented
+    return x if dtype == x.dtype else x.then(_Widening(dtype), dtype)
 
 
 def _to_float(x: LazyLogits) -> LazyLogits:
@@ -353,13 +302,13 @@ def _sum(x: LazyLogProbs, dim: Any = None, keepdim: bool = False, dtype: torch.d
     return total.unsqueeze(-1) if keepdim else total
 
 
-_LOG_PROB_HANDLERS: dict[str, Callable[..., Any]] = {
+LazyLogProbs.handlers = {
     "neg": _negated,
     "__neg__": _negated,
     "gather": _gather,
     "sum": _sum,
 }
-_HANDLERS: dict[str, Callable[..., Any]] = {
+LazyLogits.handlers = {
     "cross_entropy": _cross_entropy,
     "register_hook": _register_hook,
     "log_softmax": _log_softmax,

@@ -1,10 +1,10 @@
-"""Max pooling."""
+"""Pooling."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..functional import Window, max_pool2d
+from ..functional import Averaging, Window, adaptive_average_pool2d, average_pool2d, max_pool2d
 from .base import RazorModule
 
 
@@ -18,7 +18,16 @@ class RazorMaxPool2d(RazorModule):
         """See `RazorModule.handles`."""
         if type(module).forward is not nn.MaxPool2d.forward or module.return_indices:
             return False
-        return _window(module).places <= 256
+        return _window(module).places <= Window.MOST_PLACES
+
+    @classmethod
+    def cannot_handle(cls, module: nn.Module) -> str | None:
+        """See `RazorModule.cannot_handle`."""
+        if not isinstance(module, nn.MaxPool2d) or cls.handles(module):
+            return None
+        if module.return_indices:
+            return f"{type(module).__name__} returns indices"
+        return f"{type(module).__name__} has a forward of its own, or windows of more than {Window.MOST_PLACES} places"
 
     def forward(self, x: Tensor) -> Tensor:
         """As the plain module; saves where in its window each maximum lies."""
@@ -31,10 +40,36 @@ class RazorMaxPool2d(RazorModule):
         return f"razor={4 if _window(self).places <= 16 else 8} bits an output"
 
 
-def _window(module: nn.MaxPool2d) -> Window:
-    def pair(value: int | tuple[int, int]) -> tuple[int, int]:
-        return (value, value) if isinstance(value, int) else tuple(value)
+class RazorAveragePool2d(RazorModule):
+    """`nn.AvgPool2d` and `nn.AdaptiveAvgPool2d`."""
 
-    size = pair(module.kernel_size)
-    stride = size if module.stride is None else pair(module.stride)
-    return Window(size, stride, pair(module.padding), pair(module.dilation), module.ceil_mode)
+    kind = "pooling"
+
+    @classmethod
+    def handles(cls, module: nn.Module) -> bool:
+        """See `RazorModule.handles`."""
+        return type(module).forward in (nn.AvgPool2d.forward, nn.AdaptiveAvgPool2d.forward)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the plain module; saves nothing."""
+        if not self.razor_active(x) or not self.worth_packing(x):
+            return super().forward(x)
+        if isinstance(self, nn.AdaptiveAvgPool2d):
+            return adaptive_average_pool2d(x, self.output_size)
+        averaging = Averaging.of(
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.ceil_mode,
+            self.count_include_pad,
+            self.divisor_override,
+        )
+        return average_pool2d(x, averaging)
+
+    def razor_repr(self) -> str:
+        """See `RazorModule.razor_repr`."""
+        return "razor=nothing saved"
+
+
+def _window(module: nn.MaxPool2d) -> Window:
+    return Window.of(module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode)

@@ -5,10 +5,16 @@ from .cells import Cells, decode_cells, encode_cells
 from .codes import CODE_BITS, Codes, decode, encode
 from .index import index_coding
 from .integers import Integers, Kept, decode_integers, fast_with_integers, weight_gradient
-from .layout import Layout, Packed
-from .normalised import norm_gradients, packed_norm_gradients
+from .layout import Layout, Packed, RowMap
+from .normalised import (
+    batch_norm_gradients,
+    norm_gradients,
+    packed_batch_norm_gradients,
+    packed_norm_gradients,
+)
 from .packed import PackSpec, SparseLayout, pack
 from .select import kept_count, topk_mask
+from .steps import Steps, pack_steps, times_steps
 
 __all__ = [
     "CODE_BITS",
@@ -19,7 +25,10 @@ __all__ = [
     "Layout",
     "PackSpec",
     "Packed",
+    "RowMap",
     "SparseLayout",
+    "Steps",
+    "batch_norm_gradients",
     "decode",
     "decode_cells",
     "decode_integers",
@@ -31,7 +40,10 @@ __all__ = [
     "norm_gradients",
     "pack",
     "pack_bits",
+    "pack_steps",
+    "packed_batch_norm_gradients",
     "packed_norm_gradients",
+    "times_steps",
     "topk_mask",
     "unpack_bits",
     "weight_gradient",

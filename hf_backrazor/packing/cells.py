@@ -7,6 +7,7 @@ table with one value for each cell.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
@@ -91,6 +92,6 @@ def decode_cells(fields: Tensor, n: int, cells: Cells, table: tuple[float, ...],
     if fields.numel() and native.handles(fields.device.type, n, cells.bits, dtype, dtype):
         parts = (None, None, None, fields, None)
         return torch.ops.hf_backrazor.unpack(
-            *parts, 1, 0, None, fields.shape[0], n, 0, "none", cells.bits, table, dtype
+            *parts, 1, 0, None, fields.shape[0], n, 0, "none", cells.bits, table, None, None, -inf, inf, dtype
         )
     return unpack_codes(fields, n, cells.bits, table, dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from math import prod
+from math import inf, prod
 from typing import NamedTuple
 
 import torch
@@ -58,6 +58,10 @@ class Layout(ABC):
         Of one that is not, these are all rows, and `start` and `stop` must say so.
         """
 
+    def regrouped(self, parts: Sequence[Tensor], matrix: tuple[int, int]) -> Packed | None:
+        """The same tensor, packed, with other rows and columns, without a copy; None if that cannot be."""
+        return Packed(self, tuple(parts)) if matrix == self.matrix else None
+
     def integers(self, parts: Sequence[Tensor]) -> Integers | None:
         """The tensor as a matrix of integers; None if it is not coded in a way that allows for that."""
         return None
@@ -74,6 +78,32 @@ class Layout(ABC):
         numel = UNPACK_NUMEL.get(device.type)
         for start, stop in row_slices(*self.matrix, device, numel) if self.sliceable else whole:
             yield start, stop, self.unpack_rows(parts, start, stop, dtype)
+
+
+class RowMap(NamedTuple):
+    """What becomes of rows while they are unpacked: gain x + offset, limited.
+
+    Attributes:
+        gain: a number for each row, float32 or wider, or None: 1.
+        offset: as `gain`, or None: 0.
+        low: no element is below this.
+        high: no element is above this.
+    """
+
+    gain: Tensor | None = None
+    offset: Tensor | None = None
+    low: float = -inf
+    high: float = inf
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """The rows `(n, columns)` as they become, in their dtype."""
+        x = rows if self.gain is None else rows * self.gain.unsqueeze(-1)
+        x = x if self.offset is None else x + self.offset.unsqueeze(-1)
+        x = x if (self.low, self.high) == (-inf, inf) else x.clamp(self.low, self.high)
+        return x.to(rows.dtype)
+
+
+UNCHANGED = RowMap()
 
 
 class Packed(NamedTuple):

@@ -1,8 +1,12 @@
-"""Gradients of LayerNorm and RMSNorm from their packed x_hat.
+"""Gradients of norms from their packed x_hat.
 
 With g = gamma * dY and means over a row: dX = rstd (g - mean(g) - x_hat mean(g x_hat)), without mean(g) for RMSNorm;
 dgamma = sum(dY x_hat); dbeta = sum(dY).
 (J. L. Ba et al., "Layer Normalization", 2016; B. Zhang and R. Sennrich, "Root Mean Square Layer Normalization", 2019.)
+
+A batch norm takes its means over batch and space instead, for each channel: dX = gamma rstd (dY - mean(dY) - x_hat
+mean(dY x_hat)); and with fixed statistics dX = gamma rstd dY.
+(S. Ioffe and C. Szegedy, "Batch Normalization", 2015.)
 """
 
 from __future__ import annotations
@@ -12,7 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels import norm as _  # noqa: F401  registers the operator
+from ..kernels import batch_norm as _batch_norm  # noqa: F401  registers the operator
+from ..kernels import norm as _norm  # noqa: F401  registers the operator
 from .codes import levels_of
 from .packed import SparseLayout
 
@@ -64,3 +69,48 @@ def norm_gradients(
     if centred:
         grad_input -= g.mean(-1, keepdim=True)
     return grad_input.mul_(rstd), grad_gamma, grad_beta
+
+
+def packed_batch_norm_gradients(
+    grad: Tensor, layout: SparseLayout, parts: Sequence[Tensor], rstd: Tensor, gamma: Tensor | None, by_batch: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dX, dgamma and dbeta of a batch norm.
+
+    Args:
+        grad: dY, `(batch, channels, *spatial)`, in the dtype of `rstd`.
+        layout: of x_hat, with a row for each channel of each sample.
+        parts: of x_hat.
+        rstd: `(channels,)`.
+        gamma: `(channels,)`, or None: 1.
+        by_batch: normalised by the statistics of the batch; else by fixed ones.
+
+    Returns:
+        As `grad`, `(channels,)`, `(channels,)`.
+    """
+    scale = rstd if gamma is None else rstd * gamma
+    if grad.device.type != "cpu" or not layout.by_row or not layout.is_compiled(parts, grad.dtype):
+        return batch_norm_gradients(grad, layout.unpack(parts, grad.dtype), scale, by_batch)
+    spec = layout.spec
+    return torch.ops.hf_backrazor.batch_norm_backward(
+        grad,
+        scale,
+        by_batch,
+        *layout.split(parts),
+        layout.kept,
+        layout.coding,
+        spec.bits,
+        levels_of(spec.bits, spec.levels) if spec.bits else (),
+    )
+
+
+def batch_norm_gradients(grad: Tensor, x_hat: Tensor, scale: Tensor, by_batch: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """As `packed_batch_norm_gradients`, from a dense `x_hat` and `scale`, gamma times rstd."""
+    if by_batch:
+        # The dense operator's gradient at x_hat, which has mean 0 and deviation 1.
+        zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+        return torch.ops.aten.native_batch_norm_backward(
+            grad.contiguous(), x_hat.contiguous(), scale, None, None, zero, one, True, 0.0, [True, True, True]
+        )
+    dimensions = [0, *range(2, grad.dim())]
+    of_channels = scale.view(1, -1, *(1,) * (grad.dim() - 2))
+    return grad * of_channels, (grad * x_hat).sum(dimensions), grad.sum(dimensions)

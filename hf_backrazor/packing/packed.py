@@ -15,7 +15,7 @@ from .bits import code_width
 from .codes import CODE_BITS, Codes, decode, encode, levels_of, thresholds_of
 from .index import encode_index, index_bytes, index_coding, index_dtype, scatter_kept
 from .integers import Integers, Kept, decode_integers
-from .layout import Layout, Packed, row_slices
+from .layout import UNCHANGED, Layout, Packed, RowMap, row_slices
 from .select import kept_count, topk_mask
 
 
@@ -121,15 +121,22 @@ class SparseLayout(Layout):
         return self.shape[-2] if len(self.shape) > 1 else 1
 
     def unpack_rows(
-        self, parts: Sequence[Tensor], start: int, stop: int, dtype: torch.dtype, base: Tensor | None = None
+        self,
+        parts: Sequence[Tensor],
+        start: int,
+        stop: int,
+        dtype: torch.dtype,
+        base: Tensor | None = None,
+        then: RowMap = UNCHANGED,
     ) -> Tensor:
         """See `Layout.unpack_rows`.
 
         Args:
             base: `(stop - start, columns)`, written to: takes the place of the zeros that elements not kept unpack to.
+            then: what becomes of these rows.
         """
         if self.whole:
-            return parts[0].reshape(self.matrix)[start:stop].to(dtype)
+            return then(parts[0].reshape(self.matrix)[start:stop].to(dtype))
         means = None
         if self.spec.centred:
             means, *parts = parts
@@ -138,10 +145,10 @@ class SparseLayout(Layout):
             part = self._of_rows(stop - start)
             parts = [x[start:stop] for x in parts]
         if part.is_compiled(parts, dtype):
-            return part._unpack_natively(parts, dtype, base, means, self.group, start)
+            return part._unpack_natively(parts, dtype, base, means, self.group, start, then)
         dense = part._unpack(parts, dtype, base)
         # Not in place: with all kept, `dense` may be what is stored.
-        return dense if means is None else dense + _of_rows(means, self.group, start, stop).to(dtype)
+        return then(dense if means is None else dense + _of_rows(means, self.group, start, stop).to(dtype))
 
     def _of_rows(self, rows: int) -> SparseLayout:
         """The layout of so many of the rows, as a matrix."""
@@ -206,6 +213,7 @@ class SparseLayout(Layout):
         means: Tensor | None,
         group: int,
         first: int,
+        then: RowMap,
     ) -> Tensor:
         bits = self.spec.bits
         dense = torch.ops.hf_backrazor.unpack(
@@ -220,6 +228,9 @@ class SparseLayout(Layout):
             self.coding,
             bits,
             levels_of(bits, self.spec.levels) if bits else (),
+            *(None if t is None else t.float() for t in (then.gain, then.offset)),
+            then.low,
+            then.high,
             dtype,
         )
         return dense.view(self.matrix)

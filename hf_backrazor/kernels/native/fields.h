@@ -90,12 +90,12 @@ INLINED void unpack_codes(const uint8_t *restrict from, int64_t n, int64_t bits,
     }
 }
 
-/* What each code stands for, multiplied by `scale`. A tree of choices between variables vectorises; a table in memory
+/* Which of the 2^bits values each code stands for. A tree of choices between variables vectorises; a table in memory
  * does not. */
-INLINED void look_up(const uint8_t *restrict codes, int64_t n, int64_t bits, const float *restrict levels, float scale,
+INLINED void look_up(const uint8_t *restrict codes, int64_t n, int64_t bits, const float *restrict values,
                      float *restrict to) {
     float v[16] = {0};
-    for (int64_t j = 0; j < (int64_t)1 << bits; j++) v[j] = levels[j] * scale;
+    for (int64_t j = 0; j < (int64_t)1 << bits; j++) v[j] = values[j];
     const float v0 = v[0], v1 = v[1], v2 = v[2], v3 = v[3], v4 = v[4], v5 = v[5], v6 = v[6], v7 = v[7];
     const float v8 = v[8], v9 = v[9], v10 = v[10], v11 = v[11], v12 = v[12], v13 = v[13], v14 = v[14], v15 = v[15];
     if (bits == 1) {

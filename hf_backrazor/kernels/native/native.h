@@ -84,6 +84,9 @@ typedef struct {
     int64_t index_stride;
     const uint16_t *centre;   /* bfloat16, as in pack_args, of the group that row 0 of this call belongs to; or NULL */
     int64_t group, first;     /* `first`: place of row 0 in its group */
+    const float *gain;        /* (rows): multiplied by at the end; or NULL */
+    const float *offset;      /* (rows): then added; or NULL */
+    float low, high;          /* then limited to these; infinite: not */
     int64_t keep_base;        /* with bits = 0: whether `out` holds what elements not kept are, else they are zero */
     int64_t out_dtype;        /* FLOAT32 or BFLOAT16 */
     void *out;                /* (rows, n) */
@@ -103,6 +106,18 @@ typedef struct {
     int64_t fields_stride;
     int64_t threads;
 } cells_args;
+
+/* Elements between two bounds, or a gradient that depends on whether they are. */
+typedef struct {
+    const void *x;            /* (numel): the elements, or the gradient */
+    int64_t dtype;            /* FLOAT32 or BFLOAT16, of `x` and `out` */
+    int64_t numel;
+    float low, high;          /* the bounds; NaN: none */
+    float inside, outside;    /* what a gradient is multiplied by */
+    uint8_t *bits;            /* (ceil(numel / 8)) */
+    void *out;                /* (numel) */
+    int64_t threads;
+} steps_args;
 
 /* Coded rows to 8-bit integers. */
 typedef struct {
@@ -160,6 +175,19 @@ typedef struct {
     float *grad_beta;         /* (blocks, n) */
     int64_t threads;
 } norm_args;
+
+/* The gradients of a batch norm from a packed x_hat, a row for each channel of each sample. */
+typedef struct {
+    unpack_args x_hat;        /* `out` and `threads` are not read */
+    const float *grad;        /* dY, (batch, channels, n) */
+    const float *scale;       /* (channels): gamma / deviation */
+    int64_t batch, channels;
+    int64_t by_batch;         /* normalised by the statistics of the batch; else by fixed ones */
+    float *grad_input;        /* (batch, channels, n), or NULL */
+    float *grad_gamma;        /* (channels) */
+    float *grad_beta;         /* (channels) */
+    int64_t threads;
+} batch_norm_args;
 
 /* Bytes in which positions up to n - 1 are counted: as `position_dtype` in index.py. */
 INLINED int64_t position_size(int64_t n) { return n <= 256 ? 1 : n <= 32768 ? 2 : 4; }

@@ -2,6 +2,8 @@
 #ifndef HF_BACKRAZOR_UNPACK_ROW_H
 #define HF_BACKRAZOR_UNPACK_ROW_H
 
+#include <math.h>
+
 #include "fields.h"
 #include "index.h"
 #include "native.h"
@@ -12,21 +14,62 @@ typedef struct {
     uint8_t *plane;
 } row_scratch;
 
+/* gain x + offset within the limits, of one row. */
+typedef struct {
+    float gain, offset, low, high;
+    int scaled, shifted, limited;
+} row_map;
+
+INLINED row_map map_of_row(const unpack_args *a, int64_t row) {
+    row_map m = {.gain = a->gain ? a->gain[row] : 1.0f, .offset = a->offset ? a->offset[row] : 0.0f};
+    m.low = a->low, m.high = a->high;
+    m.scaled = a->gain != NULL, m.shifted = a->offset != NULL;
+    m.limited = a->low > -INFINITY || a->high < INFINITY;
+    return m;
+}
+
+/* As torch does it: nothing is added where there is no offset, and NaN stays NaN. */
+INLINED float mapped(const row_map *m, float x) {
+    if (m->scaled) x = x * m->gain;
+    if (m->shifted) x = x + m->offset;
+    if (m->limited) {
+        x = x < m->low ? m->low : x;
+        x = x > m->high ? m->high : x;
+    }
+    return x;
+}
+
+/* Codes stand for few values in a row, so mapping these is all it takes; with a base or a centre, every element. */
 INLINED void unpack_row(const unpack_args *a, int64_t row, const row_scratch *s, float *restrict x) {
-    int64_t n = a->n;
+    const int64_t n = a->n;
+    const row_map map = map_of_row(a, row);
+    const int maps = map.scaled || map.shifted || map.limited, late = maps && (a->keep_base || a->centre);
     if (a->bits) {
+        float values[16];
+        const float scale = a->scale ? from_bfloat16(a->scale[row]) : 1.0f;
+        for (int64_t j = 0; j < (int64_t)1 << a->bits; j++) {
+            values[j] = a->levels[j] * scale;
+            if (maps && !late) values[j] = mapped(&map, values[j]);
+        }
         unpack_codes(a->fields + row * a->fields_stride, n, a->bits, s->plane, s->codes);
-        look_up(s->codes, n, a->bits, a->levels, a->scale ? from_bfloat16(a->scale[row]) : 1.0f, x);
+        look_up(s->codes, n, a->bits, values, x);
     } else if (!a->keep_base) {
-        memset(x, 0, (size_t)n * 4);
+        const float zero = maps && !late ? mapped(&map, 0.0f) : 0.0f;
+        for (int64_t i = 0; i < n; i++) x[i] = zero;
     }
     if (a->k) {
         const uint8_t *index = a->index + row * a->index_stride;
-        FOR_EACH_KEPT(index, n, a->k, a->coding, i, j, x[i] = read_value(a->values, a->value_dtype, row * a->k + j));
+        FOR_EACH_KEPT(index, n, a->k, a->coding, i, j, {
+            const float value = read_value(a->values, a->value_dtype, row * a->k + j);
+            x[i] = maps && !late ? mapped(&map, value) : value;
+        });
     }
     if (a->centre) {
         const uint16_t *centre = a->centre + (a->first + row) / a->group * n;
         for (int64_t i = 0; i < n; i++) x[i] += from_bfloat16(centre[i]);
+    }
+    if (late) {
+        for (int64_t i = 0; i < n; i++) x[i] = mapped(&map, x[i]);
     }
 }
 

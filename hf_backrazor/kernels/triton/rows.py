@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 
 import torch
 import triton
@@ -258,6 +259,10 @@ def unpack(
     coding: str,
     bits: int,
     levels: Sequence[float],
+    gain: Tensor | None,
+    offset: Tensor | None,
+    low: float,
+    high: float,
     dtype: torch.dtype,
 ) -> Tensor:
     """See `kernels.rows.unpack`."""
@@ -293,7 +298,11 @@ def unpack(
             **tile,
             **EXACT,
         )
-    return out
+    if gain is not None:
+        out.mul_(gain.unsqueeze(-1))
+    if offset is not None:
+        out.add_(offset.unsqueeze(-1))
+    return out if (low, high) == (-inf, inf) else out.clamp_(low, high)
 
 
 def index_form(index: Tensor | None, n: int, k: int, coding: str) -> tuple[Tensor | None, int, int, int]:

@@ -1,0 +1,282 @@
+"""Functions of torch that a module's own code calls, where another module would have an operator for them.
+
+`CALLS` says for each what takes its place; `OwnCalls` is the mode that is on while such a module runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..functional import (
+    ActivationRule,
+    Averaging,
+    Geometry,
+    Resizing,
+    Window,
+    activation,
+    adaptive_average_pool2d,
+    average_pool2d,
+    convolution,
+    dropout,
+    group_norm,
+    layer_norm,
+    linear,
+    max_pool2d,
+    product,
+    scaling,
+    zero_pad,
+)
+from ..functional.activation import GELU, GELU_TANH, HARDSIGMOID, HARDSWISH, MISH, RELU, RELU6, SILU, leaky_relu
+from ..functional.interpolated_cross_entropy import MODES
+from ..functional.scaling import rows_of_scaling
+from ..functional.sharing import origin_of
+from .base import RazorModule, input_spec, norm_spec, product_spec
+from .resized_logits import LazyResizedLogits, resizes_logits
+
+
+class OwnCalls(TorchFunctionMode):
+    """Takes the calls that `module`'s own code makes, and none that modules inside it make."""
+
+    def __init__(self, module: RazorModule) -> None:
+        super().__init__()
+        self._module = module
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        call = CALLS.get(func)
+        if call is not None and _runs_now(self._module):
+            result = call(self._module, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return func(*args, **kwargs)
+
+
+def _runs_now(module: nn.Module) -> bool:
+    """Whether `module` is the innermost one whose code is running, itself or in a function that it called."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module):
+            return owner is module
+        frame = frame.f_back
+    return False
+
+
+def _saves(module: RazorModule, x: Any, *trained: Any) -> bool:
+    """Whether `x` is a tensor worth packing, in a call with a gradient for one of the tensors."""
+    tensors = [t for t in (x, *trained) if isinstance(t, Tensor)]
+    return isinstance(x, Tensor) and module.razor_active(*tensors) and module.worth_packing(x)
+
+
+def _dropout(module: RazorModule, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    if not (training and 0 < p < 1 and _saves(module, input)) or (inplace and input._is_view()):
+        return NotImplemented
+    return dropout(input, p, inplace)
+
+
+def _activation(function: Callable[..., Tensor], rule: ActivationRule | Callable[..., ActivationRule]) -> Callable:
+    def call(module: RazorModule, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not _saves(module, input) or input._is_view():  # it may be to work in place; see `RazorDropout`
+            return NotImplemented
+        # What else there is to say, but for `inplace`, says which function it is.
+        others = {name: value for name, value in kwargs.items() if name != "inplace"}
+        known = rule if isinstance(rule, ActivationRule) else rule(*args, **others)
+        return activation(input, lambda x: function(x, *args, **kwargs), known, module.razor_config.activation_bits)
+
+    return call
+
+
+def _gelu(approximate: str = "none") -> ActivationRule:
+    return GELU if approximate == "none" else GELU_TANH
+
+
+def _leaky_relu(negative_slope: float = 0.01, inplace: bool = False) -> ActivationRule:
+    return leaky_relu(negative_slope)
+
+
+def _rule(rule: ActivationRule) -> Callable[..., ActivationRule]:
+    return lambda inplace=False: rule
+
+
+def _linear(module: RazorModule, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    if not _saves(module, input) or not module.razor_active(weight) or weight.dim() != 2:
+        return NotImplemented
+    config = module.razor_config
+    return linear(input, weight, bias, input_spec(config), weight_gradient=config.weight_gradient)
+
+
+def _tuple(value: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
+    return (value,) * dimensions if isinstance(value, int) else tuple(value) * (dimensions // len(value))
+
+
+def _convolution(dimensions: int) -> Callable:
+    function = getattr(F, f"conv{dimensions}d")
+
+    def call(
+        module: RazorModule,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: int | str | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+    ) -> Any:
+        if input.dim() != weight.dim() or not _saves(module, input, weight):
+            return NotImplemented
+        geometry = Geometry.of(weight, stride, padding, dilation, groups)
+        spec = replace(input_spec(module.razor_config), row_dims=dimensions)
+        forward = partial(function, weight=weight, bias=bias, stride=stride, padding=padding)
+        return convolution(input, weight, bias, geometry, partial(forward, dilation=dilation, groups=groups), spec)
+
+    return call
+
+
+def _layer_norm(
+    module: RazorModule,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Any:
+    if not _saves(module, input, weight):
+        return NotImplemented
+    config = module.razor_config
+    return layer_norm(input, normalized_shape, weight, bias, eps, norm_spec(config), stores=config.norm)
+
+
+def _group_norm(
+    module: RazorModule,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Any:
+    if input.dim() < 3 or not _saves(module, input, weight):
+        return NotImplemented
+    config = module.razor_config
+    spec = replace(norm_spec(config), row_dims=input.dim() - 2)
+    return group_norm(input, num_groups, weight, bias, eps, spec, stores=config.norm)
+
+
+def _max_pool2d(
+    module: RazorModule,
+    input: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    window = Window.of(kernel_size, stride, padding, dilation, ceil_mode)
+    if return_indices or window.places > Window.MOST_PLACES or not _saves(module, input):
+        return NotImplemented
+    return max_pool2d(input, window)
+
+
+def _average_pool2d(
+    module: RazorModule,
+    input: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Any:
+    if not _saves(module, input):
+        return NotImplemented
+    averaging = Averaging.of(kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+    return average_pool2d(input, averaging)
+
+
+def _adaptive_average_pool2d(module: RazorModule, input: Tensor, output_size: int | Sequence[int | None]) -> Any:
+    if not _saves(module, input):
+        return NotImplemented
+    return adaptive_average_pool2d(input, output_size)
+
+
+def _pad(
+    module: RazorModule, input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
+) -> Any:
+    spatial = isinstance(input, Tensor) and input.dim() > 2 and len(pad) <= 2 * (input.dim() - 2)
+    if mode != "constant" or value or not spatial or not _saves(module, input):
+        return NotImplemented
+    return zero_pad(input, pad)
+
+
+def _interpolate(
+    module: RazorModule,
+    input: Tensor,
+    size: int | Sequence[int] | None = None,
+    scale_factor: float | None = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    antialias: bool = False,
+) -> Any:
+    """The logits of a model that resizes them before its loss: not before they are needed."""
+    wanted = resizes_logits(module) and size is not None and mode in MODES and not antialias
+    if not wanted or not _saves(module, input) or input.dim() != 4 or not input.requires_grad:
+        return NotImplemented
+    return LazyResizedLogits(input, Resizing(_tuple(size, 2), mode, align_corners))
+
+
+def _multiply(module: RazorModule, x: Any, y: Any) -> Any:
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+        return NotImplemented
+    if x.shape == y.shape:
+        return _gated(module, x, y)
+    for factor, scale in ((x, y), (y, x)):
+        # Only then would the other factor be saved for it.
+        rows = rows_of_scaling(factor, scale) if scale.requires_grad else None
+        if rows is not None and _saves(module, factor, scale):
+            return scaling(factor, scale, replace(input_spec(module.razor_config), row_dims=rows))
+    return NotImplemented
+
+
+def _gated(module: RazorModule, x: Tensor, y: Tensor) -> Any:
+    """A product of which a factor can be restored from what an activation function saves."""
+    if x.dtype != y.dtype or not _saves(module, x, y):
+        return NotImplemented
+    if not any((origin := origin_of(factor)) is not None and origin.layout.coarse for factor in (x, y)):
+        return NotImplemented
+    return product(x, y, product_spec(module.razor_config))
+
+
+CALLS: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.dropout: _dropout,
+    F.relu: _activation(F.relu, _rule(RELU)),
+    torch.relu: _activation(torch.relu, _rule(RELU)),
+    F.relu6: _activation(F.relu6, _rule(RELU6)),
+    F.leaky_relu: _activation(F.leaky_relu, _leaky_relu),
+    F.gelu: _activation(F.gelu, _gelu),
+    F.silu: _activation(F.silu, _rule(SILU)),
+    F.mish: _activation(F.mish, _rule(MISH)),
+    F.hardswish: _activation(F.hardswish, _rule(HARDSWISH)),
+    F.hardsigmoid: _activation(F.hardsigmoid, _rule(HARDSIGMOID)),
+    F.linear: _linear,
+    F.conv1d: _convolution(1),
+    F.conv2d: _convolution(2),
+    F.conv3d: _convolution(3),
+    F.layer_norm: _layer_norm,
+    F.group_norm: _group_norm,
+    F.max_pool2d: _max_pool2d,
+    F.avg_pool2d: _average_pool2d,
+    F.adaptive_avg_pool2d: _adaptive_average_pool2d,
+    F.pad: _pad,
+    F.interpolate: _interpolate,
+    **dict.fromkeys((torch.mul, torch.multiply, Tensor.mul, Tensor.multiply), _multiply),
+}

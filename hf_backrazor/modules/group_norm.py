@@ -1,0 +1,68 @@
+"""Group and instance normalisation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from ..functional import batch_norm, group_norm
+from .base import RazorModule, describe, norm_spec
+
+
+class RazorGroupNorm(RazorModule):
+    """`nn.GroupNorm`, and subclasses that leave its forward alone."""
+
+    kind = "norm"
+
+    @classmethod
+    def handles(cls, module: nn.Module) -> bool:
+        """See `RazorModule.handles`."""
+        return type(module).forward is nn.GroupNorm.forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the plain module; saves x_hat or `x` packed."""
+        if x.dim() < 3 or not self.razor_active(x, self.weight) or not self.worth_packing(x):
+            return super().forward(x)
+        config = self.razor_config
+        spec = replace(norm_spec(config), row_dims=x.dim() - 2)
+        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, spec, stores=config.norm)
+
+    def razor_repr(self) -> str:
+        """See `RazorModule.razor_repr`."""
+        return f"{describe(norm_spec(self.razor_config))} of {self.razor_config.norm}"
+
+
+class RazorInstanceNorm(RazorModule):
+    """`nn.InstanceNorm1d` to `nn.InstanceNorm3d` without running statistics."""
+
+    kind = "norm"
+
+    @classmethod
+    def handles(cls, module: nn.Module) -> bool:
+        """See `RazorModule.handles`."""
+        return type(module).forward is nn.InstanceNorm2d.forward and not module.track_running_stats
+
+    @classmethod
+    def cannot_handle(cls, module: nn.Module) -> str | None:
+        """See `RazorModule.cannot_handle`."""
+        if isinstance(module, nn.modules.instancenorm._InstanceNorm) and not cls.handles(module):
+            return f"{type(module).__name__} has running statistics, or a forward of its own"
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the plain module; saves x_hat or `x` packed."""
+        batched = x.dim() == self._get_no_batch_dim() + 1
+        if not batched or not self.razor_active(x, self.weight) or not self.worth_packing(x):
+            return super().forward(x)
+        self._check_input_dim(x)
+        # As torch does it: a batch norm of one sample with a channel for each channel of each sample.
+        samples, channels, *spatial = x.shape
+        weight, bias = (None if t is None else t.repeat(samples) for t in (self.weight, self.bias))
+        config = self.razor_config
+        spec = replace(norm_spec(config), row_dims=len(spatial))
+        flat = x.contiguous().view(1, samples * channels, *spatial)
+        y = batch_norm(flat, None, None, weight, bias, True, 0.0, self.eps, spec, stores=config.norm)
+        return y.view(x.shape)
+
+    razor_repr = RazorGroupNorm.razor_repr
