@@ -150,8 +150,11 @@ def _on_fake_tensors(
 
 def _label_shapes(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Shapes of the labels that such a model may take and that are not among `shapes`."""
-    main = shapes[_main_input(model)]
-    each = tuple(main) if _predicts_tokens(model) else (main[0],)
+    main = tuple(shapes[_main_input(model)])
+    if "SemanticSegmentation" in type(_base(model)).__name__:
+        each = (main[0], *main[2:])
+    else:
+        each = main if _predicts_tokens(model) else (main[0],)
     for name, shape in (("labels", each), ("start_positions", (main[0],)), ("end_positions", (main[0],))):
         if name not in shapes:
             yield name, shape

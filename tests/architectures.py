@@ -53,6 +53,14 @@ def _segmented_images(model: PreTrainedModel) -> Batch:
     return {"pixel_values": torch.randn(BATCH, 3, 64, 64), "labels": torch.randint(0, 4, (BATCH, 64, 64))}
 
 
+def _detected_objects(model: PreTrainedModel) -> Batch:
+    labels = [
+        {"class_labels": torch.tensor([0, 2]), "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.3, 0.6, 0.2, 0.3]])},
+        {"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.4, 0.4, 0.5, 0.3]])},
+    ]
+    return {"pixel_values": torch.randn(2, 3, 64, 64), "labels": labels}
+
+
 def _sequence_to_sequence(model: PreTrainedModel) -> Batch:
     return {"input_ids": _tokens(), "attention_mask": _padding(), "labels": _tokens()}
 
@@ -229,6 +237,107 @@ _CONVOLUTIONAL = {
         ),
         _segmented_images,
     ),
+    "convnextv2": (
+        hf.ConvNextV2ForImageClassification,
+        lambda: hf.ConvNextV2Config(hidden_sizes=[16, 32, 48, 64], depths=[1, 1, 2, 1]),
+        _classified_maps,
+    ),
+    "regnet": (
+        hf.RegNetForImageClassification,
+        lambda: hf.RegNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[2, 2], groups_width=8),
+        _classified_maps,
+    ),
+    "bit": (
+        hf.BitForImageClassification,
+        lambda: hf.BitConfig(embedding_size=16, hidden_sizes=[32, 64], depths=[2, 1], num_groups=4),
+        _classified_maps,
+    ),
+    "poolformer": (
+        hf.PoolFormerForImageClassification,
+        lambda: hf.PoolFormerConfig(hidden_sizes=[16, 32, 48, 64], depths=[1, 1, 1, 1]),
+        _classified_maps,
+    ),
+    "mobilevit": (
+        hf.MobileViTForImageClassification,
+        lambda: hf.MobileViTConfig(
+            hidden_sizes=[24, 32, 40],
+            neck_hidden_sizes=[8, 16, 16, 24, 32, 40, 64],
+            image_size=64,
+            aspp_out_channels=32,
+        ),
+        lambda model: {"pixel_values": torch.randn(BATCH, 3, 64, 64), "labels": torch.tensor([0, 1, 1])},
+    ),
+    "mobilenet_v2_segmentation": (
+        hf.MobileNetV2ForSemanticSegmentation,
+        lambda: hf.MobileNetV2Config(depth_multiplier=0.35, output_stride=8, num_labels=4),
+        _segmented_images,
+    ),
+    "upernet": (
+        hf.UperNetForSemanticSegmentation,
+        lambda: hf.UperNetConfig(
+            backbone_config=hf.ResNetConfig(
+                embedding_size=16,
+                hidden_sizes=[16, 24, 32, 48],
+                depths=[1, 1, 1, 1],
+                out_features=["stage1", "stage2", "stage3", "stage4"],
+            ),
+            hidden_size=32,
+            auxiliary_channels=16,
+            auxiliary_in_channels=32,
+            num_labels=4,
+        ),
+        _segmented_images,
+    ),
+    "dpt": (
+        hf.DPTForSemanticSegmentation,
+        lambda: hf.DPTConfig(
+            **{**_IMAGE, "num_hidden_layers": 4, "image_size": 64},
+            backbone_out_indices=[0, 1, 2, 3],
+            neck_hidden_sizes=[16, 24, 32, 48],
+            fusion_hidden_size=24,
+            num_labels=4,
+        ),
+        _segmented_images,
+    ),
+    "beit": (
+        hf.BeitForSemanticSegmentation,
+        lambda: hf.BeitConfig(
+            **{**_IMAGE, "num_hidden_layers": 4, "image_size": 64, "patch_size": 16},
+            out_indices=[1, 2, 3, 4],
+            num_labels=4,
+        ),
+        _segmented_images,
+    ),
+    "data2vec": (
+        hf.Data2VecVisionForSemanticSegmentation,
+        lambda: hf.Data2VecVisionConfig(
+            **{**_IMAGE, "num_hidden_layers": 4, "image_size": 64, "patch_size": 16},
+            out_indices=[0, 1, 2, 3],
+            num_labels=4,
+        ),
+        _segmented_images,
+    ),
+    "detr": (
+        hf.DetrForObjectDetection,
+        lambda: hf.DetrConfig(
+            use_timm_backbone=False,
+            use_pretrained_backbone=False,
+            backbone=None,
+            backbone_config=hf.ResNetConfig(
+                embedding_size=16, hidden_sizes=[16, 24, 32, 48], depths=[1, 1, 1, 1], out_features=["stage4"]
+            ),
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=64,
+            decoder_ffn_dim=64,
+            num_queries=6,
+            num_labels=4,
+        ),
+        _detected_objects,
+    ),
 }
 ARCHITECTURES |= _CONVOLUTIONAL
 
@@ -237,7 +346,10 @@ def make(name: str, attention: str = "sdpa") -> tuple[PreTrainedModel, Batch]:
     """A freshly initialised model in training mode, and a batch for it."""
     model_class, config, batch = ARCHITECTURES[name]
     implementation = attention if model_class._supports_sdpa else "eager"
-    model = model_class._from_config(config(), attn_implementation=implementation)
+    settings = config()
+    if getattr(settings, "backbone_config", None) is not None:  # convolutional ones know no attention
+        implementation = {"": implementation, "backbone_config": "eager"}
+    model = model_class._from_config(settings, attn_implementation=implementation)
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():  # biases and class tokens as they are after some training, not at zero

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -93,6 +94,15 @@ def input_spec(config: RazorConfig) -> PackSpec:
 def norm_spec(config: RazorConfig) -> PackSpec:
     """How norms pack what they store."""
     return PackSpec(config.sparsity, config.granularity, _bits(config, config.norm_bits), config.value_dtype)
+
+
+def map_norm_spec(config: RazorConfig, spatial: int) -> PackSpec:
+    """How norms of feature maps with so many spatial dimensions pack what they store.
+
+    An input is kept whole, as the released code of the paper does: top-k over a sample leaves nothing of most channels,
+    and the gradient through a norm of those would be arbitrary.
+    """
+    return PackSpec(row_dims=spatial) if config.norm == "input" else replace(norm_spec(config), row_dims=spatial)
 
 
 def product_spec(config: RazorConfig) -> PackSpec:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
 from ..functional import batch_norm
-from .base import RazorModule, describe, norm_spec
+from .base import RazorModule, describe, map_norm_spec
 
 
 class RazorBatchNorm(RazorModule):
@@ -50,10 +48,10 @@ class RazorBatchNorm(RazorModule):
             by_batch,
             momentum,
             self.eps,
-            replace(norm_spec(config), row_dims=x.dim() - 2),
+            map_norm_spec(config, x.dim() - 2),
             stores=config.norm,
         )
 
     def razor_repr(self) -> str:
         """See `RazorModule.razor_repr`."""
-        return f"{describe(norm_spec(self.razor_config))} of {self.razor_config.norm}"
+        return f"{describe(map_norm_spec(self.razor_config, 2))} of {self.razor_config.norm}"

@@ -39,7 +39,7 @@ from ..functional.activation import GELU, GELU_TANH, HARDSIGMOID, HARDSWISH, MIS
 from ..functional.interpolated_cross_entropy import MODES
 from ..functional.scaling import rows_of_scaling
 from ..functional.sharing import origin_of
-from .base import RazorModule, input_spec, norm_spec, product_spec
+from .base import RazorModule, input_spec, map_norm_spec, norm_spec, product_spec
 from .resized_logits import LazyResizedLogits, resizes_logits
 
 
@@ -114,10 +114,6 @@ def _linear(module: RazorModule, input: Tensor, weight: Tensor, bias: Tensor | N
     return linear(input, weight, bias, input_spec(config), weight_gradient=config.weight_gradient)
 
 
-def _tuple(value: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
-    return (value,) * dimensions if isinstance(value, int) else tuple(value) * (dimensions // len(value))
-
-
 def _convolution(dimensions: int) -> Callable:
     function = getattr(F, f"conv{dimensions}d")
 
@@ -166,7 +162,7 @@ def _group_norm(
     if input.dim() < 3 or not _saves(module, input, weight):
         return NotImplemented
     config = module.razor_config
-    spec = replace(norm_spec(config), row_dims=input.dim() - 2)
+    spec = map_norm_spec(config, input.dim() - 2)
     return group_norm(input, num_groups, weight, bias, eps, spec, stores=config.norm)
 
 
@@ -229,9 +225,12 @@ def _interpolate(
 ) -> Any:
     """The logits of a model that resizes them before its loss: not before they are needed."""
     wanted = resizes_logits(module) and size is not None and mode in MODES and not antialias
-    if not wanted or not _saves(module, input) or input.dim() != 4 or not input.requires_grad:
+    if not wanted or not _saves(module, input) or input.dim() != 4:
         return NotImplemented
-    return LazyResizedLogits(input, Resizing(_tuple(size, 2), mode, align_corners))
+    height, width = (size, size) if isinstance(size, int) else size
+    if height * width <= input.shape[2:].numel():  # the gradient of the logits would be no smaller
+        return NotImplemented
+    return LazyResizedLogits(input, Resizing((height, width), mode, align_corners))
 
 
 def _multiply(module: RazorModule, x: Any, y: Any) -> Any:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor, nn
 
 from ..functional import batch_norm, group_norm
-from .base import RazorModule, describe, norm_spec
+from .base import RazorModule, describe, map_norm_spec
 
 
 class RazorGroupNorm(RazorModule):
@@ -25,12 +23,12 @@ class RazorGroupNorm(RazorModule):
         if x.dim() < 3 or not self.razor_active(x, self.weight) or not self.worth_packing(x):
             return super().forward(x)
         config = self.razor_config
-        spec = replace(norm_spec(config), row_dims=x.dim() - 2)
+        spec = map_norm_spec(config, x.dim() - 2)
         return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, spec, stores=config.norm)
 
     def razor_repr(self) -> str:
         """See `RazorModule.razor_repr`."""
-        return f"{describe(norm_spec(self.razor_config))} of {self.razor_config.norm}"
+        return f"{describe(map_norm_spec(self.razor_config, 2))} of {self.razor_config.norm}"
 
 
 class RazorInstanceNorm(RazorModule):
@@ -60,7 +58,7 @@ class RazorInstanceNorm(RazorModule):
         samples, channels, *spatial = x.shape
         weight, bias = (None if t is None else t.repeat(samples) for t in (self.weight, self.bias))
         config = self.razor_config
-        spec = replace(norm_spec(config), row_dims=len(spatial))
+        spec = map_norm_spec(config, len(spatial))
         flat = x.contiguous().view(1, samples * channels, *spatial)
         y = batch_norm(flat, None, None, weight, bias, True, 0.0, self.eps, spec, stores=config.norm)
         return y.view(x.shape)

@@ -22,8 +22,11 @@ _RESIZES, _TAKES_LOSS = re.compile(r"\binterpolate\("), re.compile(r"\b(?:CrossE
 
 def resizes_logits(module: nn.Module) -> bool:
     """Whether the module's own code resizes something, and computes a cross entropy."""
-    source = class_source(module.plain_class if isinstance(module, RazorModule) else type(module))
-    return bool(_RESIZES.search(source) and _TAKES_LOSS.search(source))
+    cls = module.plain_class if isinstance(module, RazorModule) else type(module)
+    source = class_source(cls)
+    # By a class's name Transformers chooses a loss function that does both.
+    chosen = "SemanticSegmentation" in cls.__name__ and "self.loss_function(" in source
+    return chosen or bool(_RESIZES.search(source) and _TAKES_LOSS.search(source))
 
 
 class LazyResizedLogits(LazyTensor):
