@@ -134,7 +134,8 @@ def test_adapter_then_razor(method: str, name: str) -> None:
         torch.testing.assert_close(razor_loss, loss)  # language models': up to the order of summation
         assert torch.equal(found, expected)
         assert razor_gradients.keys() == trained
-        assert least < cosine(razor_gradients, gradients) < 1 - 1e-6
+        # Not quite that of dense training: where IA3's classifier has nearly all of the gradient, it is kept whole.
+        assert least < cosine(razor_gradients, gradients) < 1 - 1e-7
         assert razor.unload() is adapted
         assert type(adapted) is plain_type
         assert not any(isinstance(module, RazorModule) for module in adapted.modules())

@@ -39,7 +39,7 @@ from ..functional.activation import GELU, GELU_TANH, HARDSIGMOID, HARDSWISH, MIS
 from ..functional.interpolated_cross_entropy import MODES
 from ..functional.scaling import rows_of_scaling
 from ..functional.sharing import origin_of
-from .base import RazorModule, input_spec, map_norm_spec, norm_spec, product_spec
+from .base import RazorModule, input_spec, linear_spec, map_norm_spec, norm_spec, product_spec
 from .resized_logits import LazyResizedLogits, resizes_logits
 
 
@@ -111,7 +111,7 @@ def _linear(module: RazorModule, input: Tensor, weight: Tensor, bias: Tensor | N
     if not _saves(module, input) or not module.razor_active(weight) or weight.dim() != 2:
         return NotImplemented
     config = module.razor_config
-    return linear(input, weight, bias, input_spec(config), weight_gradient=config.weight_gradient)
+    return linear(input, weight, bias, linear_spec(config, input), weight_gradient=config.weight_gradient)
 
 
 def _convolution(dimensions: int) -> Callable:

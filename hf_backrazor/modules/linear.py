@@ -7,7 +7,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ..functional import linear
-from .base import RazorModule, describe, input_spec
+from .base import RazorModule, describe, input_spec, linear_spec
 
 
 class RazorLinear(RazorModule):
@@ -36,7 +36,8 @@ class RazorLinear(RazorModule):
         if not self.razor_active(self.weight) or not self.worth_packing(x):
             return super().forward(x)
         config = self.razor_config
-        return linear(x, self.weight, self.bias, input_spec(config), self.transposed, config.weight_gradient)
+        spec = linear_spec(config, x)
+        return linear(x, self.weight, self.bias, spec, self.transposed, config.weight_gradient)
 
     def razor_repr(self) -> str:
         """See `RazorModule.razor_repr`."""
