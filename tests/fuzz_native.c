@@ -17,6 +17,9 @@ EXPORTED int64_t hf_backrazor_integers(const integers_args *);
 EXPORTED int64_t hf_backrazor_round(const round_args *);
 EXPORTED int64_t hf_backrazor_gradient(const gradient_args *);
 EXPORTED int64_t hf_backrazor_norm(const norm_args *);
+EXPORTED int64_t hf_backrazor_batch_norm(const batch_norm_args *);
+EXPORTED int64_t hf_backrazor_pack_steps(const steps_args *);
+EXPORTED int64_t hf_backrazor_times_steps(const steps_args *);
 EXPORTED int64_t hf_backrazor_bernoulli(void *, uint64_t, int64_t, void *, int64_t);
 
 #define REQUIRE(condition)                                                                    \
@@ -115,6 +118,8 @@ static void rows_case(void) {
     u.coding = coding, u.value_dtype = value_dtype, u.values = p.values, u.index = p.index;
     u.index_stride = p.index_stride, u.centre = p.centre, u.group = inner, u.keep_base = base;
     u.out_dtype = out_half ? BFLOAT16 : FLOAT32, u.out = buffer(rows * n * (out_half ? 2 : 4));
+    u.gain = between(0, 1) ? floats(rows, 0) : NULL, u.offset = between(0, 1) ? floats(rows, 0) : NULL;
+    u.low = between(0, 1) ? 0.0f : -INFINITY, u.high = between(0, 1) ? 6.0f : INFINITY;
     u.threads = between(1, 4);
     REQUIRE(hf_backrazor_unpack(&u) == DONE);
 
@@ -163,6 +168,11 @@ static void rows_case(void) {
     m.grad_input = buffer(rows * n * 4), m.grad_gamma = buffer(blocks * n * 4), m.grad_beta = buffer(blocks * n * 4);
     m.threads = between(1, 4);
     REQUIRE(hf_backrazor_norm(&m) == DONE);
+
+    batch_norm_args b = {.x_hat = m.x_hat, .grad = m.grad, .scale = floats(inner, 0), .batch = outer, .channels = inner};
+    b.by_batch = between(0, 1), b.grad_input = between(0, 3) ? m.grad_input : NULL;
+    b.grad_gamma = buffer(inner * 4), b.grad_beta = buffer(inner * 4), b.threads = between(1, 4);
+    REQUIRE(hf_backrazor_batch_norm(&b) == DONE);
     release();
 }
 
@@ -176,6 +186,21 @@ static void cells_case(void) {
     c.starts = starts, c.fields_stride = code_bytes(n, bits), c.fields = buffer(rows * c.fields_stride);
     c.threads = between(1, 4);
     REQUIRE(hf_backrazor_encode_cells(&c) == DONE);
+    release();
+}
+
+static void steps_case(void) {
+    int64_t n = any_width() * between(1, 5), half = between(0, 1), bytes = n * (half ? 2 : 4);
+    steps_args s = {.dtype = half ? BFLOAT16 : FLOAT32, .numel = n, .low = 0.0f, .high = between(0, 1) ? 1.0f : NAN};
+    s.x = half ? (void *)halves(n) : floats(n, (int)between(0, 2)), s.bits = buffer(width_of(n, 1));
+    s.threads = between(1, 4);
+    REQUIRE(hf_backrazor_pack_steps(&s) == DONE);
+    s.inside = (float)between(0, 1), s.outside = between(0, 1) ? 0.5f : 0.0f, s.out = buffer(bytes);
+    REQUIRE(hf_backrazor_times_steps(&s) == DONE);
+    for (int64_t i = 0; i < n && !half && s.inside == 1.0f && s.outside == 0.0f; i++) {
+        const float x = ((const float *)s.x)[i], y = ((const float *)s.out)[i];
+        REQUIRE(x != x || (x > 0.0f && !(x >= s.high) ? y == x : y == 0.0f));
+    }
     release();
 }
 
@@ -207,6 +232,7 @@ int main(int argc, char **argv) {
     for (int64_t i = 0; i < cases; i++) {
         rows_case();
         cells_case();
+        steps_case();
         bernoulli_case();
     }
     printf("%lld cases\n", (long long)cases);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,10 +19,15 @@ from hf_backrazor.kernels.library import load, torch_only
 from hf_backrazor.packing import (
     Packed,
     PackSpec,
+    RowMap,
+    Steps,
     decode_cells,
     encode_cells,
     pack,
+    pack_steps,
+    packed_batch_norm_gradients,
     packed_norm_gradients,
+    times_steps,
     weight_gradient,
 )
 from hf_backrazor.packing.integers import round_gradient
@@ -359,3 +366,82 @@ def test_a_seed_fixes_gradients_by_integers() -> None:
     assert all(map(torch.equal, first, fast_gradients(seed=1)))
     # Without dropout's numbers it would be the rounding alone that differs; either way, the seed counts.
     assert not any(map(torch.equal, first, fast_gradients(seed=2)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 700)),
+    kind=kinds,
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    steps=st.sampled_from([Steps(), Steps(high=6.0), Steps(-3.0, 3.0, inside=1 / 6), Steps(outside=0.01)]),
+    seed=st.integers(0, 99),
+)
+def test_steps_are_the_torch_codes(shape, kind, dtype, steps, seed) -> None:
+    x, grad = make(kind, shape, dtype, seed), make("normal", shape, dtype, seed + 1)
+    bits = pack_steps(x, steps)
+    product = times_steps(grad, bits, steps)
+    with torch_only():
+        assert torch.equal(bits, pack_steps(x, steps))
+        assert same_bits(product, times_steps(grad, bits, steps))
+
+
+def test_steps_of_views_are_those_of_copies() -> None:
+    x = torch.randn(3, 5, 7, 4).to(memory_format=torch.channels_last)
+    assert torch.equal(pack_steps(x, Steps()), pack_steps(x.contiguous(), Steps()))
+    bits = pack_steps(x, Steps())
+    assert torch.equal(times_steps(x, bits, Steps()), F.relu(x))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    spec=specs.filter(lambda spec: spec.granularity == "row"),
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 700)),
+    kind=kinds,
+    scaled=st.booleans(),
+    shifted=st.booleans(),
+    limits=st.sampled_from([(-float("inf"), float("inf")), (0.0, float("inf")), (0.0, 6.0)]),
+    seed=st.integers(0, 99),
+)
+def test_maps_rows_while_it_unpacks(spec, shape, kind, scaled, shifted, limits, seed) -> None:
+    packed = pack(make("tied" if kind == "wild" else kind, shape, torch.float32, seed), spec)
+    gain, offset = torch.randn(2, shape[0]).unbind()
+    then = RowMap(gain if scaled else None, offset if shifted else None, *limits)
+    found = packed.layout.unpack_rows(packed.parts, 0, shape[0], torch.float32, then=then)
+    with torch_only():
+        expected = packed.layout.unpack_rows(packed.parts, 0, shape[0], torch.float32, then=then)
+    assert same_bits(found + 0.0, expected + 0.0)  # a zero has no sign that matters
+
+
+@pytest.mark.parametrize("by_batch", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(3, 5, 9, 7), (1, 4, 130), (6, 40, 31, 17), (2, 3, 4, 5, 6)], ids=str)
+@pytest.mark.parametrize("spec", [PackSpec(0.99, bits=3), PackSpec(0.9), PackSpec(1.0, bits=2)])
+def test_gradients_of_batch_norms_are_the_torch_codes(spec, shape, affine, by_batch) -> None:
+    spec = replace(spec, row_dims=len(shape) - 2)
+    packed, grad = pack(torch.randn(shape), spec), torch.randn(shape)
+    gamma, rstd = torch.randn(shape[1]) if affine else None, torch.rand(shape[1]) + 0.5
+    arguments = (grad, packed.layout, packed.parts, rstd, gamma, by_batch)
+    found = packed_batch_norm_gradients(*arguments)
+    with torch_only():
+        expected = packed_batch_norm_gradients(*arguments)
+    for tensor, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(tensor, other, rtol=1e-4, atol=1e-4)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            assert all(map(torch.equal, found, packed_batch_norm_gradients(*arguments)))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_new_operators_run_on_fake_tensors() -> None:
+    packed = pack(torch.randn(2, 3, 8, 8), PackSpec(0.9, bits=2, row_dims=2))
+    parts = packed.layout.split(packed.parts)
+    arguments = (torch.randn(2, 3, 8, 8), torch.rand(3), True, *parts, packed.layout.kept, packed.layout.coding)
+    levels = (0.5, 1.5, -0.5, -1.5)
+    utils = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.hf_backrazor.batch_norm_backward, (*arguments, 2, levels), test_utils=utils)
+    bits = torch.randint(0, 255, (1, 4), dtype=torch.uint8)
+    torch.library.opcheck(torch.ops.hf_backrazor.pack_steps, (torch.randn(4, 8), 0.0, 6.0), test_utils=utils)
+    torch.library.opcheck(torch.ops.hf_backrazor.times_steps, (torch.randn(4, 8), bits, 1.0, 0.0), test_utils=utils)

@@ -105,26 +105,28 @@ def activation(
     rule: ActivationRule | None,
     bits: int,
     parameters: Sequence[Tensor] = (),
+    inplace: bool = False,
 ) -> Tensor:
     """An elementwise activation function.
 
     Args:
         x: float, any shape.
-        forward: the activation function; its result is returned as it is. It may be `x` itself, written to in place.
+        forward: the activation function; its result is returned as it is.
         rule: what is known of it.
         bits: 2, 3, 4, 8: the input in so many bits. 16: the input in half precision (float16 for wider tensors). 32:
             the input as it is. A derivative of two values always takes one bit. Without a rule, fewer bits than 16
             are read as 16.
         parameters: learnable parameters that `forward` reads. They need autograd, so no rule is used for them.
+        inplace: `forward` writes its result to `x`, and returns that.
     """
     rule = None if parameters else rule
     if rule is None or rule.steps is not None or bits > 8:
         origin = origin_of(x)  # before `x` may be written to
-        y = _Activation.apply(x, forward, rule, bits, *parameters)
+        y = _Activation.apply(x, forward, rule, bits, inplace, *parameters)
         if rule is not None and rule.top is not None and origin and isinstance(origin.layout, ChannelAffineLayout):
             note_origin(y, Packed(RectifiedLayout(origin.layout, rule.top), origin.parts))
         return y
-    y, codes = _CodedActivation.apply(x, forward, rule, bits)
+    y, codes = _CodedActivation.apply(x, forward, rule, bits, inplace)
     cells, _, values = cell_tables(rule, bits)
     note_origin(y, Packed(CellLayout(y.shape, y.dtype, _columns(y), cells, values), (codes,)))
     return y
@@ -138,7 +140,12 @@ def _columns(x: Tensor) -> int:
 class _CodedActivation(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, forward: Callable[[Tensor], Tensor], rule: ActivationRule, bits: int
+        ctx: FunctionCtx,
+        x: Tensor,
+        forward: Callable[[Tensor], Tensor],
+        rule: ActivationRule,
+        bits: int,
+        inplace: bool,
     ) -> tuple[Tensor, Tensor]:
         cells, derivatives, _ = cell_tables(rule, bits)
         ctx.layout = CellLayout(x.shape, x.dtype, _columns(x), cells, derivatives)
@@ -146,18 +153,20 @@ class _CodedActivation(torch.autograd.Function):
         ctx.save_for_backward(codes)
         ctx.mark_non_differentiable(codes)
         ctx.set_materialize_grads(False)
-        return _call(ctx, forward, x), codes
+        if inplace:
+            ctx.mark_dirty(x)
+        return forward(x), codes
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor | None, _codes: None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
-            return (None,) * 4
+            return (None,) * 5
         grad_input = torch.empty_like(grad_output, memory_format=torch.contiguous_format)
         into, grad_rows = grad_input.view(ctx.layout.matrix), grad_output.reshape(ctx.layout.matrix)
         for start, stop, derivative in ctx.layout.slices(ctx.saved_tensors, grad_output.dtype):
             torch.mul(grad_rows[start:stop], derivative, out=into[start:stop])
-        return grad_input, None, None, None
+        return grad_input, None, None, None, None
 
 
 class _Activation(torch.autograd.Function):
@@ -168,6 +177,7 @@ class _Activation(torch.autograd.Function):
         forward: Callable[[Tensor], Tensor],
         rule: ActivationRule | None,
         bits: int,
+        inplace: bool,
         *parameters: Tensor,
     ) -> Tensor:
         ctx.rule, ctx.function = rule, forward if rule is None else rule.value
@@ -178,8 +188,12 @@ class _Activation(torch.autograd.Function):
             ctx.layout = packed.layout
             ctx.autocast = current_autocast(x.device.type)
             (stored,) = packed.parts
+            if inplace and ctx.layout.whole:  # what is stored is `x` itself
+                stored = stored.clone()
         ctx.save_for_backward(stored, *parameters)
-        return _call(ctx, forward, x)
+        if inplace:
+            ctx.mark_dirty(x)
+        return forward(x)
 
     @staticmethod
     @once_differentiable
@@ -187,21 +201,14 @@ class _Activation(torch.autograd.Function):
         stored, *parameters = ctx.saved_tensors
         rule = ctx.rule
         if rule is not None and rule.steps is not None:
-            return times_steps(grad_output, stored, rule.steps), None, None, None
+            return times_steps(grad_output, stored, rule.steps), None, None, None, None
         x = ctx.layout.unpack((stored,)).detach().requires_grad_()
         with torch.enable_grad(), ctx.autocast:
             output = ctx.function(x)
         wanted = [tensor for tensor in (x, *parameters) if tensor.requires_grad]
         grads = iter(torch.autograd.grad(output, wanted, grad_output, allow_unused=True))
         grad_input = next(grads)
-        return grad_input, None, None, None, *(next(grads) if p.requires_grad else None for p in parameters)
-
-
-def _call(ctx: FunctionCtx, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    y = forward(x)
-    if y is x:
-        ctx.mark_dirty(x)
-    return y
+        return grad_input, None, None, None, None, *(next(grads) if p.requires_grad else None for p in parameters)
 
 
 def _quick_gelu(x: Tensor) -> Tensor:

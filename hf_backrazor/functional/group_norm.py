@@ -14,6 +14,7 @@ from math import prod
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from ..packing import Packed, PackSpec, SparseLayout, pack
@@ -65,7 +66,9 @@ class _GroupNorm(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         batch, channels = x.shape[:2]
         ctx.sizes = (batch, channels, prod(x.shape[2:]), groups)
-        y, mean, rstd = torch.native_group_norm(x.contiguous(), weight, bias, *ctx.sizes, eps)
+        # As torch lays it out: sums in another order would differ in their last bits.
+        x = x.contiguous(memory_format=suggest_memory_format(x))
+        y, mean, rstd = torch.native_group_norm(x, weight, bias, *ctx.sizes, eps)
         mean, rstd = mean.to(accumulate_dtype(x)), rstd.to(accumulate_dtype(x))
         ctx.from_input, ctx.input_dtype = packed_input is not None, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype

@@ -90,9 +90,10 @@ class RazorActivation(RazorModule):
         """As the plain module; saves `x`, in few bits or as it is."""
         parameters = tuple(self.parameters())
         active = self.razor_active(x, *parameters) and self.worth_packing(x)
-        if not active or (getattr(self, "inplace", False) and x._is_view()):  # see `RazorDropout`
+        inplace = getattr(self, "inplace", False)
+        if not active or (inplace and x._is_view()):  # see `RazorDropout`
             return super().forward(x)
-        return activation(x, super().forward, self.rule, self.razor_config.activation_bits, parameters)
+        return activation(x, super().forward, self.rule, self.razor_config.activation_bits, parameters, inplace)
 
     def razor_repr(self) -> str:
         """See `RazorModule.razor_repr`."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -83,14 +84,16 @@ def _dropout(module: RazorModule, input: Tensor, p: float = 0.5, training: bool 
     return dropout(input, p, inplace)
 
 
-def _activation(function: Callable[..., Tensor], rule: ActivationRule | Callable[..., ActivationRule]) -> Callable:
+def _activation(function: Callable[..., Tensor], rule: Callable[..., ActivationRule]) -> Callable[..., Any]:
+    parameters = inspect.signature(rule).parameters
+
     def call(module: RazorModule, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not _saves(module, input) or input._is_view():  # it may be to work in place; see `RazorDropout`
+        others = {**dict(zip(parameters, args, strict=False)), **kwargs}
+        inplace = others.get("inplace", False)
+        if not _saves(module, input) or (inplace and input._is_view()):
             return NotImplemented
-        # What else there is to say, but for `inplace`, says which function it is.
-        others = {name: value for name, value in kwargs.items() if name != "inplace"}
-        known = rule if isinstance(rule, ActivationRule) else rule(*args, **others)
-        return activation(input, lambda x: function(x, *args, **kwargs), known, module.razor_config.activation_bits)
+        bits = module.razor_config.activation_bits
+        return activation(input, lambda x: function(x, **others), rule(**others), bits, inplace=inplace)
 
     return call
 
@@ -258,7 +261,7 @@ def _gated(module: RazorModule, x: Tensor, y: Tensor) -> Any:
 CALLS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.dropout: _dropout,
     F.relu: _activation(F.relu, _rule(RELU)),
-    torch.relu: _activation(torch.relu, _rule(RELU)),
+    torch.relu: _activation(torch.relu, lambda: RELU),
     F.relu6: _activation(F.relu6, _rule(RELU6)),
     F.leaky_relu: _activation(F.leaky_relu, _leaky_relu),
     F.gelu: _activation(F.gelu, _gelu),
