@@ -221,13 +221,17 @@ def _following(model: nn.Module, running: list[str]) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Training mode inside; mode, buffers and random state of the model's devices as before afterwards."""
+    """Training mode inside; mode, buffers and random state of the model's devices as before afterwards.
+
+    In a model that is training already, parts that are not stay as they are: batch norms with fixed statistics.
+    """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {x.device for x in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
     device_type = next(iter(devices)).type if devices else "cuda"
     try:
-        model.train()
+        if not model.training:
+            model.train()
         with torch.random.fork_rng(devices=list(devices), device_type=device_type):
             yield
     finally:

@@ -3,15 +3,15 @@ activation checkpointing, LoRA, the paper's Back Razor, and the balanced preset 
 
     python recipes/benchmark_memory.py
 
-needs no download and takes some twenty minutes on two CPU cores. ViT-B/16, BERT-base and GPT-2 come with random weights
-(bytes depend on shapes alone), their default dropout, labels and loss. Every figure of a workload is taken in a
+needs no download and takes some thirty minutes on two CPU cores. The models come with random weights (bytes depend on
+shapes alone), their default dropout, labels and loss. Every figure of a workload is taken in a
 process of its own. The columns:
 
 - saved: bytes that autograd (or a checkpoint) holds between forward and backward, without parameters and the batch;
 - peak: the high-water mark of one step less what is there before it; gradients are there before it;
 - bits: saved bits for each element that dense training (SDPA) saves;
 - fidelity: cosine between razor and dense gradient of one batch, for the same dropout, over the encoder's parameters
-  of the pretrained MiniLM-L6 on real text; with --vit and --images, of a pretrained ViT on real images as well.
+  of the pretrained MiniLM-L6 on real text; with --vision and --images, of trained models on real images as well.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,15 @@ from transformers import (
     PreTrainedModel,
 )
 
-from benchmark_workloads import WORKLOADS, Batch, llama, with_lora
+from benchmark_workloads import (
+    LORA_TARGETS,
+    WORKLOADS,
+    Batch,
+    llama,
+    with_checkpointing,
+    with_fixed_batch_norms,
+    with_lora,
+)
 from docstring_task import docstring_task
 from hf_backrazor import RazorConfig, get_razor_model, measure_saved_bytes
 from offline_data import minilm_folder
@@ -52,24 +61,41 @@ RAZOR_ROWS = {
     "razor, fast": RazorConfig.preset("fast"),
 }
 EAGER, SDPA, CHECKPOINTING, LORA = "dense, eager attention", "dense, SDPA", "activation checkpointing", "LoRA r=8"
-ROWS = (EAGER, SDPA, CHECKPOINTING, LORA, *RAZOR_ROWS)
+# The paper's setting for convolutional networks; rows of models that have batch norms.
+FIXED_DENSE, FIXED_PAPER = "dense, batch norms fixed", "razor, paper 0.9, batch norms fixed"
+ROWS = (EAGER, SDPA, CHECKPOINTING, LORA, *RAZOR_ROWS, FIXED_DENSE, FIXED_PAPER)
 
 
-def measure(workload: str, row: str) -> dict[str, float | None]:
-    """Saved bytes, elements saved and peak of one row. Runs in a process of its own."""
+def applies(row: str, model: nn.Module) -> bool:
+    """Whether there is such a row for the model: some have no attention, others no batch norm."""
+    if row in (FIXED_DENSE, FIXED_PAPER):
+        return any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    if row == EAGER:
+        return model._supports_sdpa
+    return row != LORA or model.config.model_type in LORA_TARGETS
+
+
+def measure(workload: str, row: str) -> dict[str, float | None] | None:
+    """Saved bytes, elements saved and peak of one row that applies. Runs in a process of its own."""
     return_freed_memory()
     torch.manual_seed(0)
     model, batch = WORKLOADS[workload]()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).train()
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    if not applies(row, model):
+        return None
+    if row in (FIXED_DENSE, FIXED_PAPER):
+        model = with_fixed_batch_norms(model)
     if row == EAGER:
         model.set_attn_implementation("eager")
     elif row == LORA:
         model = with_lora(model)
     elif row == CHECKPOINTING:
-        model.gradient_checkpointing_enable()
-    elif row != SDPA:
+        model = with_checkpointing(model)
+    elif row == FIXED_PAPER:
+        model = get_razor_model(model, RAZOR_ROWS["razor, paper 0.9"])
+    elif row in RAZOR_ROWS:
         model = get_razor_model(model, RAZOR_ROWS[row])
     saved = measure_saved_bytes(model, **batch)
 
@@ -85,7 +111,7 @@ def measure(workload: str, row: str) -> dict[str, float | None]:
     }
 
 
-def measure_apart(workload: str, row: str) -> dict[str, float | None]:
+def measure_apart(workload: str, row: str) -> dict[str, float | None] | None:
     print(f"{workload}: {row}", file=sys.stderr, flush=True)
     command = [sys.executable, __file__, "--measure", workload, row]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -116,7 +142,8 @@ def image_case(folder: str, dataset: str) -> tuple[PreTrainedModel, Batch]:
     rows = load_splits(dataset)[0].select(range(8))
     images = [as_pil_image(image, 3) for image in rows["image"]]
     pixels = AutoImageProcessor.from_pretrained(folder)(images, return_tensors="pt")["pixel_values"]
-    model = AutoModelForImageClassification.from_pretrained(folder, num_labels=10, ignore_mismatched_sizes=True)
+    classes = rows.features["label"].num_classes
+    model = AutoModelForImageClassification.from_pretrained(folder, num_labels=classes, ignore_mismatched_sizes=True)
     return model, {"pixel_values": pixels, "labels": torch.tensor(list(rows["label"]))}
 
 
@@ -142,12 +169,13 @@ def measure_fidelity(case: Callable[[], tuple[PreTrainedModel, Batch]], rows: li
 
 
 def table(figures: dict[str, dict[str, Any]], fidelity: dict[str, dict[str, float]]) -> str:
-    """A Markdown table for one workload. Factors are against dense training with eager attention, where it was run."""
+    """A Markdown table for one workload. Factors are against dense training, with eager attention where it was run."""
+    reference = next(name for name in (EAGER, SDPA, *figures) if name in figures)
     lines = ["| | saved MiB | peak MiB | bits an element | " + " | ".join(f"fidelity, {m}" for m in fidelity) + " |"]
     lines.append("|---" * (4 + len(fidelity)) + "|")
     for row, figure in figures.items():
         saved = figure["saved_bytes"]
-        factor = f" ({figures[EAGER]['saved_bytes'] / saved:.1f}x)" if EAGER in figures else ""
+        factor = f" ({figures[reference]['saved_bytes'] / saved:.1f}x)"
         peak = "-" if figure["peak_mib"] is None else f"{figure['peak_mib']:.0f}"
         bits = f"{8 * saved / figures[SDPA]['saved_elements']:.2f}" if SDPA in figures else "-"
         # Those that change nothing about the gradient have a fidelity of 1; LoRA trains other parameters.
@@ -167,8 +195,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--vit", metavar="FOLDER", help="a pretrained ViT to measure fidelity on; with --images")
-    parser.add_argument("--images", metavar="FOLDER", help="its data, as image_classification.py's --dataset")
+    parser.add_argument(
+        "--vision", nargs="+", metavar="FOLDER", default=[], help="trained models to measure fidelity on; with --images"
+    )
+    parser.add_argument("--images", metavar="FOLDER", help="their data, as image_classification.py's --dataset")
     parser.add_argument("--leftovers", action="store_true", help="show instead what balanced still saves, and where")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the figures to this file")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
@@ -184,11 +214,12 @@ def main() -> None:
         return
 
     fidelity = {"MiniLM": measure_fidelity(text_case, args.rows)}
-    if args.vit:
-        fidelity["ViT"] = measure_fidelity(lambda: image_case(args.vit, args.images), args.rows)
+    for folder in args.vision:
+        fidelity[Path(folder).name] = measure_fidelity(partial(image_case, folder, args.images), args.rows)
     figures: dict[str, dict[str, Any]] = {}
     for name in args.workloads:
-        figures[name] = {row: measure_apart(name, row) for row in args.rows}
+        measured = {row: measure_apart(name, row) for row in args.rows}
+        figures[name] = {row: figure for row, figure in measured.items() if figure is not None}
         print(f"\n{name}\n\n{table(figures[name], fidelity)}", flush=True)
     if args.json:
         unfinished = args.json.with_name(f".{args.json.name}.unfinished")

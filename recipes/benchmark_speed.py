@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from benchmark_workloads import WORKLOADS, Batch, with_lora
+from benchmark_workloads import LORA_TARGETS, WORKLOADS, Batch, with_checkpointing, with_lora
 from hf_backrazor import RazorConfig, get_razor_model
 from hf_backrazor.functional.activation import GELU, cell_tables
 from hf_backrazor.kernels.library import available
@@ -39,11 +39,11 @@ from hf_backrazor.packing import (
     weight_gradient,
 )
 
-DENSE = "dense, SDPA"
+DENSE, LORA = "dense, SDPA", "LoRA r=8"
 VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {
     DENSE: lambda model: model,
-    "activation checkpointing": lambda model: model.gradient_checkpointing_enable() or model,
-    "LoRA r=8": with_lora,
+    "activation checkpointing": with_checkpointing,
+    LORA: with_lora,
     "razor, paper 0.9": lambda model: get_razor_model(model, RazorConfig.preset("paper")),
     "razor, balanced": lambda model: get_razor_model(model, RazorConfig()),
     "razor, fast": lambda model: get_razor_model(model, RazorConfig.preset("fast")),
@@ -74,6 +74,8 @@ class Training:
 
 def measure(workload: str, variants: list[str], turns: int, device: str) -> dict[str, list[float]]:
     """Seconds of each step of each variant; the first turn, which warms up, is left out."""
+    if WORKLOADS[workload]()[0].config.model_type not in LORA_TARGETS:
+        variants = [variant for variant in variants if variant != LORA]
     trainings = {variant: Training(workload, variant, device) for variant in variants}
     for _ in range(turns + 1):
         for training in trainings.values():

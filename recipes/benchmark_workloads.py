@@ -1,12 +1,19 @@
-"""What the benchmarks train: ViT-B/16, BERT-base and GPT-2, with random weights, default dropout, labels and loss."""
+"""What the benchmarks train: ViT-B/16, BERT-base, GPT-2, ResNet-50, MobileNetV2 and SegFormer-B0.
+
+They have random weights, their default dropout, labels and loss.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -14,7 +21,13 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
     PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -47,14 +60,52 @@ def llama() -> tuple[PreTrainedModel, Batch]:
     return LlamaForCausalLM(LlamaConfig(**sizes, use_cache=False)), {"input_ids": tokens, "labels": tokens}
 
 
+def resnet() -> tuple[PreTrainedModel, Batch]:
+    model = ResNetForImageClassification(ResNetConfig(num_labels=10))
+    return model, {"pixel_values": torch.randn(8, 3, 224, 224), "labels": torch.arange(8)}
+
+
+def mobilenet() -> tuple[PreTrainedModel, Batch]:
+    model = MobileNetV2ForImageClassification(MobileNetV2Config(num_labels=10))
+    return model, {"pixel_values": torch.randn(8, 3, 224, 224), "labels": torch.arange(8)}
+
+
+def segformer() -> tuple[PreTrainedModel, Batch]:
+    model = SegformerForSemanticSegmentation(SegformerConfig(num_labels=150))
+    return model, {"pixel_values": torch.randn(2, 3, 512, 512), "labels": torch.randint(0, 150, (2, 512, 512))}
+
+
 WORKLOADS: dict[str, Callable[[], tuple[PreTrainedModel, Batch]]] = {
     "ViT-B/16 8x224x224": vit,
     "BERT-base 8x128": bert,
     "GPT-2 2x512": lambda: gpt2(2, 512),
     "GPT-2 1x1024": lambda: gpt2(1, 1024),
+    "ResNet-50 8x224x224": resnet,
+    "MobileNetV2 8x224x224": mobilenet,
+    "SegFormer-B0 2x512x512": segformer,
 }
 
 
 def with_lora(model: PreTrainedModel) -> PeftModel:
     """LoRA of rank 8."""
     return get_peft_model(model, LoraConfig(r=8, target_modules=LORA_TARGETS[model.config.model_type]))
+
+
+def with_checkpointing(model: PreTrainedModel) -> PreTrainedModel:
+    """Activation checkpointing of each block, also where Transformers does not offer it (ResNet, MobileNetV2)."""
+    if model.supports_gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+        return model
+    for name, block in model.named_modules():
+        if re.fullmatch(r"[a-z_0-9]+\.(encoder\.stages\.\d+\.layers|layer)\.\d+", name):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return model
+
+
+def with_fixed_batch_norms(model: PreTrainedModel) -> PreTrainedModel:
+    """As the paper trained convolutional networks: batch norms use fixed statistics and weights."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval().requires_grad_(False)
+    return model
