@@ -14,6 +14,7 @@ _EXPORTS = {
     "AutoRazorModelForImageClassification": "auto",
     "AutoRazorModelForMaskedLM": "auto",
     "AutoRazorModelForQuestionAnswering": "auto",
+    "AutoRazorModelForSemanticSegmentation": "auto",
     "AutoRazorModelForSeq2SeqLM": "auto",
     "AutoRazorModelForSequenceClassification": "auto",
     "AutoRazorModelForTokenClassification": "auto",
@@ -25,6 +26,7 @@ _EXPORTS = {
     "StepMemory": "estimate",
     "estimate_saved_bytes": "estimate",
     "estimate_step_memory": "estimate",
+    "freeze_batch_norms": "frozen_batch_norm",
     "get_razor_model": "model",
     "measure_saved_bytes": "report",
 }
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
         AutoRazorModelForImageClassification,
         AutoRazorModelForMaskedLM,
         AutoRazorModelForQuestionAnswering,
+        AutoRazorModelForSemanticSegmentation,
         AutoRazorModelForSeq2SeqLM,
         AutoRazorModelForSequenceClassification,
         AutoRazorModelForTokenClassification,
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from .callback import RazorCallback
     from .config import RazorConfig
     from .estimate import StepMemory, estimate_saved_bytes, estimate_step_memory
+    from .frozen_batch_norm import freeze_batch_norms
     from .model import RazorModel, get_razor_model
     from .report import MemoryReport, SavedBytes, measure_saved_bytes
 
@@ -52,6 +56,7 @@ __all__ = [
     "AutoRazorModelForImageClassification",
     "AutoRazorModelForMaskedLM",
     "AutoRazorModelForQuestionAnswering",
+    "AutoRazorModelForSemanticSegmentation",
     "AutoRazorModelForSeq2SeqLM",
     "AutoRazorModelForSequenceClassification",
     "AutoRazorModelForTokenClassification",
@@ -64,6 +69,7 @@ __all__ = [
     "__version__",
     "estimate_saved_bytes",
     "estimate_step_memory",
+    "freeze_batch_norms",
     "get_razor_model",
     "measure_saved_bytes",
 ]

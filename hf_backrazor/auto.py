@@ -143,6 +143,12 @@ class AutoRazorModelForQuestionAnswering(AutoRazorModel):
     _task = "ForQuestionAnswering"
 
 
+class AutoRazorModelForSemanticSegmentation(AutoRazorModel):
+    """See `AutoRazorModel`; loads by `AutoModelForSemanticSegmentation`."""
+
+    _task = "ForSemanticSegmentation"
+
+
 class AutoRazorModelForSeq2SeqLM(AutoRazorModel):
     """See `AutoRazorModel`; loads by `AutoModelForSeq2SeqLM`."""
 

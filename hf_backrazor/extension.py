@@ -7,7 +7,7 @@ Other instances of that class do not notice.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -16,10 +16,12 @@ class Extension:
     """Base of the classes that objects are extended by. `extend` puts them before the object's own class.
 
     Attributes:
+        name_prefix: goes before the name of the extended class.
         plain_class: the class that the object had before it was extended.
         extensions: what it was extended by, the last one first.
     """
 
+    name_prefix: ClassVar[str] = ""
     plain_class: type[nn.Module]
     extensions: tuple[type[Extension], ...]
 
@@ -30,14 +32,12 @@ class Extension:
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         # The combined class is made at run time, so pickle cannot find it by name; deepcopy comes through here too.
-        return _rebuild, (self.extensions, self.plain_class, _name_prefix(self)), self.__dict__
+        return _rebuild, (self.extensions, self.plain_class), self.__dict__
 
 
 @cache
-def _extended_class(
-    extensions: tuple[type[Extension], ...], plain_class: type[nn.Module], prefix: str
-) -> type[nn.Module]:
-    name = prefix + plain_class.__name__
+def _extended_class(extensions: tuple[type[Extension], ...], plain_class: type[nn.Module]) -> type[nn.Module]:
+    name = "".join(extension.name_prefix for extension in extensions) + plain_class.__name__
     namespace: dict[str, Any] = {}
     for extension in reversed(extensions):
         namespace |= extension.members(plain_class)
@@ -50,24 +50,24 @@ def _extended_class(
     return type(name, (*extensions, plain_class), namespace)
 
 
-def extend(module: nn.Module, extension: type[Extension], prefix: str = "") -> None:
-    """Make `extension` the first base of `module`'s class; the class's name gets `prefix`."""
+def extend(module: nn.Module, extension: type[Extension]) -> None:
+    """Make `extension` the first base of `module`'s class."""
     if "extensions" in vars(type(module)):
-        extensions, plain_class, prefix = module.extensions, module.plain_class, prefix + _name_prefix(module)
+        extensions, plain_class = module.extensions, module.plain_class
     else:
         extensions, plain_class = (), type(module)
-    module.__class__ = _extended_class((extension, *extensions), plain_class, prefix)
+    module.__class__ = _extended_class((extension, *extensions), plain_class)
 
 
-def restore(module: nn.Module) -> None:
-    """Undo `extend`, as often as it was called."""
-    module.__class__ = module.plain_class
+def restore(module: nn.Module, *kinds: type[Extension]) -> None:
+    """Undo `extend` for extensions of these kinds; others stay."""
+    kept = tuple(extension for extension in module.extensions if not issubclass(extension, kinds))
+    plain_class = module.plain_class
+    module.__class__ = plain_class
+    for extension in reversed(kept):
+        extend(module, extension)
 
 
-def _name_prefix(module: Extension) -> str:
-    return type(module).__name__.removesuffix(module.plain_class.__name__)
-
-
-def _rebuild(extensions: tuple[type[Extension], ...], plain_class: type[nn.Module], prefix: str) -> nn.Module:
-    cls = _extended_class(extensions, plain_class, prefix)
+def _rebuild(extensions: tuple[type[Extension], ...], plain_class: type[nn.Module]) -> nn.Module:
+    cls = _extended_class(extensions, plain_class)
     return cls.__new__(cls)

@@ -56,8 +56,8 @@ class RazorModel(Extension, _Module):
                     module.model_tags = tags
             if isinstance(module, RazorModule):
                 module.clear()
-            if isinstance(module, Extension):
-                restore(module)
+            if isinstance(module, (RazorModel, RazorModule)):
+                restore(module, RazorModel, RazorModule)
         return self
 
     @contextmanager

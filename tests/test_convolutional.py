@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import sys
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
-from hf_backrazor import RazorConfig, get_razor_model, measure_saved_bytes
+from hf_backrazor import RazorConfig, freeze_batch_norms, get_razor_model, measure_saved_bytes
 from hf_backrazor.functional import (
     activation,
     batch_norm,
@@ -527,3 +528,32 @@ def test_what_is_excluded_inside_of_a_module_with_own_calls_stays_dense() -> Non
     get_razor_model(model, RazorConfig(exclude_modules=["act"]))
     rows = {row.name: row for row in model.memory_report(input=torch.randn(2, 3, 18, 18)).modules}
     assert rows["1.act"].razor_bytes == rows["1.act"].dense_bytes > 0
+
+
+def test_frozen_batch_norms_stay_so_and_save_nothing() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    x = torch.randn(2, 3, 16, 16)
+    model(x)  # statistics other than those it began with
+    assert freeze_batch_norms(model) is model
+    keys, buffers = list(model.state_dict()), copy.deepcopy(list(model.buffers()))
+    plain = copy.deepcopy(model)
+    razor = pickle.loads(pickle.dumps(get_razor_model(model, RazorConfig.preset("lossless"))))
+    for other in (plain, razor):
+        other.train()  # as Trainer does before each step
+        other(x).square().sum().backward()
+        assert not other[1].training
+        assert other[1].weight.grad is None
+        assert all(map(torch.equal, other.buffers(), buffers))
+        assert list(other.state_dict()) == keys
+    for found, expected in zip(razor.parameters(), plain.parameters(), strict=True):
+        if expected.requires_grad:
+            torch.testing.assert_close(found.grad, expected.grad)
+    rows = {row.name: row for row in model.train().memory_report(input=x).modules}
+    assert rows["1"].razor_bytes < 256
+    assert "RazorFrozenBatchNorm2d" in repr(model)
+    model.unload().train()
+    assert type(model[1]).__name__ == "FrozenBatchNorm2d"
+    assert not model[1].training
+    with pytest.raises(ValueError, match="nothing to freeze in this Linear: it has no batch norm"):
+        freeze_batch_norms(nn.Linear(2, 2))

@@ -28,7 +28,6 @@ class RazorModule(Extension, _Module):
 
     Attributes:
         kind: the kind of operator, as `memory_report` names it.
-        name_prefix: goes before the name of the extended class.
         razor_config: the settings that hold for this module, overrides applied.
         razor_enabled: false makes the module behave as the plain one.
     """
@@ -51,7 +50,7 @@ class RazorModule(Extension, _Module):
     @classmethod
     def install(cls, module: nn.Module, config: RazorConfig) -> None:
         """Extend `module` by this class."""
-        extend(module, cls, cls.name_prefix)
+        extend(module, cls)
         module.razor_config = config
         module.razor_enabled = True
 
