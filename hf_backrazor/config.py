@@ -89,7 +89,8 @@ class RazorConfig(PushToHubMixin):
             to zero, as in the paper. Otherwise it is kept as a code with one scale per row; and an input that
             another operator's copy restores (a norm's x_hat, an activation function's input, the factors of a
             gated product) is restored from that, in that operator's bits, and takes no codes of its own.
-        norm: what a LayerNorm or RMSNorm stores: `"x_hat"`, its normalised output, or `"input"` (the paper).
+        norm: what a norm stores: `"x_hat"`, its normalised output, or `"input"` (the paper; those of feature maps keep
+            it whole then, as the paper's code does).
         norm_bits: what `residual_bits` is, for the tensor a norm stores.
         value_dtype: dtype of the elements kept exactly: `"auto"`, `"float32"`, `"bfloat16"`, `"float16"` or
             `"int8"`; never wider than the tensor itself. `"auto"`: the tensor's own dtype at sparsity 0 or if
