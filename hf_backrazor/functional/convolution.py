@@ -14,7 +14,7 @@ from .precision import accumulate_dtype, compute_dtype
 from .sharing import pack_shared
 
 # Elements of the input that are unpacked at a time for the weight's gradient.
-CONVOLUTION_NUMEL = {"cpu": 2**23}
+CONVOLUTION_NUMEL = {"cpu": 2**22}
 
 
 @dataclass(frozen=True)

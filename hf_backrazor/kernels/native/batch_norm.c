@@ -1,19 +1,25 @@
-/* Gradients of batch norms. A channel's rows of x_hat are unpacked twice, for the sums and for what depends on these: a
- * row stays in the cache, where the whole x_hat would be written and read again. A channel is one thread's, so that the
- * order of summation does not depend on threads. */
+/* Gradients of batch norms. Of x_hat a channel is unpacked at a time, and stays in the cache until its sums are there,
+ * where all of it would be written to memory and read again; a channel that is too large is unpacked twice. A channel is
+ * one thread's, so that the order of summation does not depend on threads. */
 #include "native.h"
 #include "unpack_row.h"
 
+/* Elements of a channel that stay: 512 KiB. */
+enum { KEPT_NUMEL = 1 << 17 };
+
+static int keeps_channel(const batch_norm_args *a) { return a->batch * a->x_hat.n <= KEPT_NUMEL; }
+
+/* `s->x` has room for a row, or for all rows of a channel if these stay. */
 CLONED static void channel_gradients(const batch_norm_args *a, int64_t first, int64_t last, const row_scratch *s) {
-    const int64_t n = a->x_hat.n, whole = n / LANES * LANES;
-    const float *restrict x_hat = s->x;
+    const int64_t n = a->x_hat.n, whole = n / LANES * LANES, stride = keeps_channel(a) ? n : 0;
     for (int64_t channel = first; channel < last; channel++) {
         double sum = 0, product = 0;
         for (int64_t sample = 0; sample < a->batch; sample++) {
             const int64_t row = sample * a->channels + channel;
             const float *restrict grad = a->grad + row * n;
+            float *restrict x_hat = s->x + sample * stride;
             float sums[LANES] = {0}, products[LANES] = {0};
-            unpack_row(&a->x_hat, row, s, s->x);
+            unpack_row(&a->x_hat, row, s, x_hat);
             for (int64_t i = 0; i < whole; i += LANES) {
                 for (int64_t j = 0; j < LANES; j++) sums[j] += grad[i + j];
                 for (int64_t j = 0; j < LANES; j++) products[j] += grad[i + j] * x_hat[i + j];
@@ -35,8 +41,9 @@ CLONED static void channel_gradients(const batch_norm_args *a, int64_t first, in
             const int64_t row = sample * a->channels + channel;
             const float *restrict grad = a->grad + row * n;
             float *restrict out = a->grad_input + row * n;
+            float *restrict x_hat = s->x + sample * stride;
             if (a->by_batch) {
-                if (a->batch > 1) unpack_row(&a->x_hat, row, s, s->x);
+                if (!stride) unpack_row(&a->x_hat, row, s, x_hat);
                 for (int64_t i = 0; i < n; i++) out[i] = (grad[i] - mean - x_hat[i] * projection) * scale;
             } else {
                 for (int64_t i = 0; i < n; i++) out[i] = grad[i] * scale;
@@ -52,12 +59,13 @@ EXPORTED int64_t hf_backrazor_batch_norm(const batch_norm_args *a) {
 #endif
     for (int64_t t = 0; t < threads; t++) {
         size_t bytes = (size_t)(a->x_hat.n + SLACK);
-        uint8_t *memory = malloc(bytes * (4 + 2));
+        size_t numel = (size_t)(a->x_hat.n * (keeps_channel(a) ? a->batch : 1) + SLACK);
+        uint8_t *memory = malloc(4 * numel + 2 * bytes);
         if (!memory) {
             failed++;
             continue;
         }
-        row_scratch s = {(float *)(void *)memory, memory + 4 * bytes, memory + 5 * bytes};
+        row_scratch s = {(float *)(void *)memory, memory + 4 * numel, memory + 4 * numel + bytes};
         channel_gradients(a, a->channels * t / threads, a->channels * (t + 1) / threads, &s);
         free(memory);
     }
