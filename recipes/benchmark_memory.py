@@ -178,8 +178,8 @@ def table(figures: dict[str, dict[str, Any]], fidelity: dict[str, dict[str, floa
         factor = f" ({figures[reference]['saved_bytes'] / saved:.1f}x)"
         peak = "-" if figure["peak_mib"] is None else f"{figure['peak_mib']:.0f}"
         bits = f"{8 * saved / figures[SDPA]['saved_elements']:.2f}" if SDPA in figures else "-"
-        # Those that change nothing about the gradient have a fidelity of 1; LoRA trains other parameters.
-        exact = "-" if row == LORA else "1"
+        # Those that change nothing about the gradient have a fidelity of 1; LoRA and frozen norms train others.
+        exact = "-" if row in (LORA, FIXED_DENSE, FIXED_PAPER) else "1"
         cosines = [f"{cosine[row]:.3f}" if row in cosine else exact for cosine in fidelity.values()]
         lines.append(f"| {row} | " + " | ".join([f"{saved / 2**20:.1f}{factor}", peak, bits, *cosines]) + " |")
     return "\n".join(lines)

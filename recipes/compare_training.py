@@ -1,4 +1,4 @@
-"""Fine-tune the same model dense and with razor, with several seeds, and put accuracies and loss curves side by side.
+"""Fine-tune the same model dense and with razor, with several seeds, and put scores and loss curves side by side.
 
     python recipes/compare_training.py
 
@@ -7,6 +7,8 @@ the recipe's own command line, with what stands after `--` added to it, so the h
 
     python recipes/compare_training.py --recipe image_classification.py --output_dir runs/images -- \
         --model FOLDER --dataset FOLDER --learning_rate 5e-5 --max_steps 100
+    python recipes/compare_training.py --recipe semantic_segmentation.py --score mean_iou \
+        --variants dense balanced "paper 0.7" --output_dir runs/segmentation
 
 Runs that are finished are not run again: an interrupted comparison goes on where it was.
 """
@@ -24,6 +26,7 @@ from pathlib import Path
 
 VARIANTS = {
     "dense": ["--dense"],
+    "paper 0.7": ["--preset", "paper", "--sparsity", "0.7"],
     "paper 0.8": ["--preset", "paper", "--sparsity", "0.8"],
     "paper 0.9": ["--preset", "paper", "--sparsity", "0.9"],
     "balanced": ["--preset", "balanced"],
@@ -36,6 +39,7 @@ PARTS_OF_CURVE = 6
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="text_classification.py", help="a recipe of this folder")
+    parser.add_argument("--score", default="accuracy", help="of those in the recipe's metrics.json")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/compare_training"))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=DEFAULT_VARIANTS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -57,21 +61,25 @@ def train(args: argparse.Namespace, variant: str, seed: int) -> dict:
         run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if run.returncode:
             raise SystemExit(f"{variant}, seed {seed} failed:\n{run.stderr[-2000:]}")
-    return json.loads(finished.read_text(encoding="utf-8"))
+    metrics = json.loads(finished.read_text(encoding="utf-8"))
+    if args.score not in metrics:
+        scores = [name for name in metrics["history"][-1] if name not in ("step", "train_loss")]
+        raise SystemExit(f"--score {args.score}: {args.recipe} has no such score, only {', '.join(scores)}")
+    return metrics
 
 
-def row(variant: str, runs: list[dict]) -> str:
-    """One line of the table: accuracy, with its spread over the seeds, and the mean training loss along the run."""
-    accuracies = [run["accuracy"] for run in runs]
-    spread = statistics.stdev(accuracies) if len(runs) > 1 else 0.0
+def row(variant: str, runs: list[dict], score: str) -> str:
+    """One line of the table: the score, with its spread over the seeds, and the mean training loss along the run."""
+    values = [run[score] for run in runs]
+    spread = statistics.stdev(values) if len(runs) > 1 else 0.0
     steps = len(runs[0]["step_losses"])
     curve = []
     for part in range(PARTS_OF_CURVE):
         first, last = part * steps // PARTS_OF_CURVE, (part + 1) * steps // PARTS_OF_CURVE
         curve.append(statistics.mean(loss for run in runs for loss in run["step_losses"][first:last]))
-    each = ", ".join(f"{accuracy:.3f}" for accuracy in accuracies)
+    each = ", ".join(f"{value:.3f}" for value in values)
     losses = " ".join(f"{loss:.3f}" for loss in curve)
-    return f"| {variant} | {statistics.mean(accuracies):.3f} ± {spread:.3f} | {each} | {losses} |"
+    return f"| {variant} | {statistics.mean(values):.3f} ± {spread:.3f} | {each} | {losses} |"
 
 
 def main() -> None:
@@ -79,10 +87,11 @@ def main() -> None:
     jobs = [(variant, seed) for seed in args.seeds for variant in args.variants]
     with ThreadPoolExecutor(args.parallel) as pool:
         results = dict(zip(jobs, pool.map(lambda job: train(args, *job), jobs), strict=True))
-    print(f"| | accuracy | by seed | mean training loss in each of {PARTS_OF_CURVE} parts of the run |")
+    name = args.score.replace("_", " ")
+    print(f"| | {name} | by seed | mean training loss in each of {PARTS_OF_CURVE} parts of the run |")
     print("|---|---|---|---|")
     for variant in args.variants:
-        print(row(variant, [results[variant, seed] for seed in args.seeds]))
+        print(row(variant, [results[variant, seed] for seed in args.seeds], args.score))
 
 
 if __name__ == "__main__":

@@ -119,11 +119,12 @@ def main() -> None:
             model = AutoModelForImageClassification.from_pretrained(
                 args.model, ignore_mismatched_sizes=True, dtype=torch.float32, **labels
             )
+        channels = getattr(model.config, "num_channels", 3)
 
     def read_images(rows: dict[str, list]) -> dict[str, Any]:
         images = rows[args.image_column]
         if args.model is not None:
-            images = [as_pil_image(image, getattr(model.config, "num_channels", 3)) for image in images]
+            images = [as_pil_image(image, channels) for image in images]
         pixel_values = processor(images, return_tensors="pt")["pixel_values"]
         return {"pixel_values": pixel_values, "labels": rows[args.label_column]}
 

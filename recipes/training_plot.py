@@ -16,10 +16,10 @@ SMOOTHED = 0.05
 FAINT, STRONG, QUIET = "#a8c4e0", "#1f5a99", "#666666"
 
 
-def check_plot(wanted: bool) -> None:
+def check_plot(wanted: bool, argument: str = "--plot") -> None:
     """Stop when a plot is wanted and matplotlib is not installed: before training, not after."""
     if wanted and find_spec("matplotlib") is None:
-        stop("--plot draws with matplotlib: pip install matplotlib")
+        stop(f"{argument} draws with matplotlib: pip install matplotlib")
 
 
 def running_mean(values: list[float], window: int) -> list[float]:
@@ -45,7 +45,7 @@ def save_training_plot(folder: str, *, task: str, default_model: str, metrics: d
     figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")
     loss_panel, memory_panel = figure.subplots(2, 1, sharex=True)
     # Names of models and folders are no formulas, whatever dollar signs they hold.
-    figure.suptitle(f"{task}: {_settings(metrics['arguments'], default_model)}", fontsize=12, parse_math=False)
+    figure.suptitle(f"{task}: {run_settings(metrics['arguments'], default_model)}", fontsize=12, parse_math=False)
 
     losses, steps = metrics["step_losses"], range(1, len(metrics["step_losses"]) + 1)
     window = round(SMOOTHED * len(losses))
@@ -80,7 +80,8 @@ def save_training_plot(folder: str, *, task: str, default_model: str, metrics: d
     figure.savefig(Path(folder) / PLOT)
 
 
-def _settings(arguments: dict[str, Any], default_model: str) -> str:
+def run_settings(arguments: dict[str, Any], default_model: str) -> str:
+    """Which model was trained, and how: for titles."""
     model = arguments["model"] or default_model
     if Path(model).is_dir():
         model = Path(model).resolve().name

