@@ -69,7 +69,7 @@ def small_vit_config(image_size: int, patch_size: int, channels: int, **settings
 
 
 def small_segformer_config(channels: int, **settings: Any) -> SegformerConfig:
-    """A SegFormer that learns small images from nothing in two minutes: four layers of width 16 to 128."""
+    """A SegFormer that learns small images from nothing in a few minutes: four layers of width 16 to 128."""
     return SegformerConfig(
         num_channels=channels,
         hidden_sizes=[16, 32, 64, 128],
