@@ -101,7 +101,7 @@ def linear_spec(config: RazorConfig, x: Tensor) -> PackSpec:
     the classifier has most of the gradient and 64 KiB of input: its gradient's cosine is 0.88 from 2 bits.
     """
     spec = input_spec(config)
-    pooled = x.dim() == 2 and 8 * x.shape[0] <= x.shape[1] and x.numel() <= POOLED_NUMEL
+    pooled = x.dim() == 2 and 6 * x.shape[0] <= x.shape[1] and x.numel() <= POOLED_NUMEL
     # Tokens in a row, as in OPT, come from a norm or an activation function, and cost nothing.
     return PackSpec() if spec.bits and pooled and origin_of(x) is None else spec
 
