@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ..packing import Packed, PackSpec, SparseLayout, batch_norm_gradients, pack, packed_batch_norm_gradients
+from ..packing import Packed, PackSpec, batch_norm_gradients, pack, packed_batch_norm_gradients, sparse_layout
 from .precision import accumulate_dtype
 from .sharing import note_affine, pack_shared
 
@@ -47,7 +47,7 @@ def batch_norm(
     statistics = (running_mean, running_var, training, momentum, eps)
     y, *parts = _BatchNorm.apply(x, weight, bias, statistics, spec, from_input)
     if parts:
-        note_affine(y, SparseLayout(x.shape, x.dtype, spec), parts, weight, bias, of_channels=True)
+        note_affine(y, sparse_layout(x.shape, x.dtype, spec), parts, weight, bias, of_channels=True)
     return y
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ..packing import Packed, PackSpec, SparseLayout, pack
+from ..packing import Packed, PackSpec, pack, sparse_layout
 from .precision import accumulate_dtype
 from .sharing import note_affine, pack_shared
 
@@ -48,7 +48,7 @@ def group_norm(
     from_input = pack_shared(x, spec) if stores == "input" else None
     y, *parts = _GroupNorm.apply(x, groups, weight, bias, eps, spec, from_input)
     if parts:
-        note_affine(y, SparseLayout(x.shape, x.dtype, spec), parts, weight, bias, of_channels=True)
+        note_affine(y, sparse_layout(x.shape, x.dtype, spec), parts, weight, bias, of_channels=True)
     return y
 
 

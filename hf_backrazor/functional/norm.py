@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ..packing import Packed, PackSpec, SparseLayout, norm_gradients, pack, packed_norm_gradients
+from ..packing import Packed, PackSpec, norm_gradients, pack, packed_norm_gradients, sparse_layout
 from .precision import accumulate_dtype
 from .sharing import note_affine, pack_shared
 
@@ -44,7 +44,7 @@ def layer_norm(
         return _LayerNorm.apply(x, weight, bias, tuple(normalized_shape), eps, spec, pack_shared(x, spec))
     y, *parts = _LayerNorm.apply(x, weight, bias, tuple(normalized_shape), eps, spec, None)
     if len(normalized_shape) == 1:
-        note_affine(y, SparseLayout(x.shape, x.dtype, spec), parts, weight, bias)
+        note_affine(y, sparse_layout(x.shape, x.dtype, spec), parts, weight, bias)
     return y
 
 
@@ -76,7 +76,7 @@ def rms_norm(
         return _RMSNorm.apply(x, weight, eps, spec, pack_shared(x, spec), offset, forward)
     y, *parts = _RMSNorm.apply(x, weight, eps, spec, None, offset, forward)
     gamma = weight if weight is None or not offset else weight.detach() + offset
-    note_affine(y, SparseLayout(x.shape, x.dtype, spec), parts, gamma, None)
+    note_affine(y, sparse_layout(x.shape, x.dtype, spec), parts, gamma, None)
     return y
 
 

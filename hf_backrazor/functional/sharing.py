@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..packing import Packed, PackSpec, SparseLayout, pack
+from ..packing import Packed, PackSpec, SparseLayout, pack, sparse_layout
 from .layouts import AffineLayout, ChannelAffineLayout, CorrectedLayout
 
 
@@ -100,7 +100,7 @@ def pack_shared(x: Tensor, spec: PackSpec, dtype: torch.dtype | None = None) -> 
         origin = None
         if spec.bits and entry.origin is not None:
             # In the rows that the consumer reads: tokens, or feature maps.
-            origin = entry.origin.layout.regrouped(entry.origin.parts, SparseLayout(x.shape, x.dtype, spec).matrix)
+            origin = entry.origin.layout.regrouped(entry.origin.parts, sparse_layout(x.shape, x.dtype, spec).matrix)
         if origin is None:
             entry.copies[key] = pack(x.detach().to(dtype), spec)
         else:

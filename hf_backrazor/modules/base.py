@@ -14,6 +14,7 @@ from ..config import RazorConfig
 from ..extension import Extension, extend
 from ..functional.sharing import origin_of
 from ..packing import PackSpec
+from .own_calls import without_own_calls
 
 if TYPE_CHECKING:
     _Module = nn.Module
@@ -65,7 +66,8 @@ class RazorModule(Extension, _Module):
     @torch.compiler.disable(reason="razor modules share packed tensors")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the plain module's."""
-        return super().__call__(*args, **kwargs)
+        with without_own_calls():
+            return super().__call__(*args, **kwargs)
 
     def razor_active(self, *tensors: Tensor | None) -> bool:
         """Whether this call saves packed activations: in training, with gradients wanted for one of `tensors`."""

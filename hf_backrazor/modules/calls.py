@@ -1,12 +1,11 @@
 """Functions of torch that a module's own code calls, where another module would have an operator for them.
 
-`CALLS` says for each what takes its place; `OwnCalls` is the mode that is on while such a module runs.
+`CALLS` says for each what takes its place.
 """
 
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,8 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from ..functional import (
     ActivationRule,
@@ -42,34 +40,6 @@ from ..functional.scaling import rows_of_scaling
 from ..functional.sharing import origin_of
 from .base import RazorModule, input_spec, linear_spec, map_norm_spec, norm_spec, product_spec
 from .resized_logits import LazyResizedLogits, resizes_logits
-
-
-class OwnCalls(TorchFunctionMode):
-    """Takes the calls that `module`'s own code makes, and none that modules inside it make."""
-
-    def __init__(self, module: RazorModule) -> None:
-        super().__init__()
-        self._module = module
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        call = CALLS.get(func)
-        if call is not None and _runs_now(self._module):
-            result = call(self._module, *args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        return func(*args, **kwargs)
-
-
-def _runs_now(module: nn.Module) -> bool:
-    """Whether `module` is the innermost one whose code is running, itself or in a function that it called."""
-    frame = sys._getframe(2)
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, nn.Module):
-            return owner is module
-        frame = frame.f_back
-    return False
 
 
 def _saves(module: RazorModule, x: Any, *trained: Any) -> bool:

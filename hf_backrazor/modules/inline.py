@@ -17,7 +17,8 @@ from torch import nn
 
 from .activation import RazorActivation
 from .base import RazorModule, describe, forward_source, input_spec, norm_spec, whole_shape
-from .calls import OwnCalls
+from .calls import CALLS
+from .own_calls import OwnCalls
 from .resized_logits import resizes_logits
 
 _FUNCTIONAL = r"\b(?:functional|F)\."
@@ -64,7 +65,7 @@ class RazorInline(RazorModule):
         def forward(self: RazorInline, *args: Any, **kwargs: Any) -> Any:
             if not (self.training and self.razor_enabled) or torch.compiler.is_compiling():
                 return plain_class.forward(self, *args, **kwargs)
-            with OwnCalls(self):
+            with OwnCalls(self, CALLS):
                 return plain_class.forward(self, *args, **kwargs)
 
         return {"forward": forward}

@@ -12,7 +12,7 @@ from .normalised import (
     packed_batch_norm_gradients,
     packed_norm_gradients,
 )
-from .packed import PackSpec, SparseLayout, pack
+from .packed import PackSpec, SparseLayout, pack, sparse_layout
 from .select import kept_count, topk_mask
 from .steps import Steps, pack_steps, times_steps
 
@@ -43,6 +43,7 @@ __all__ = [
     "pack_steps",
     "packed_batch_norm_gradients",
     "packed_norm_gradients",
+    "sparse_layout",
     "times_steps",
     "topk_mask",
     "unpack_bits",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 
 import torch
@@ -152,7 +152,7 @@ class SparseLayout(Layout):
 
     def _of_rows(self, rows: int) -> SparseLayout:
         """The layout of so many of the rows, as a matrix."""
-        return replace(self, shape=torch.Size((rows, self.matrix[1])), spec=replace(self.spec, row_dims=1))
+        return sparse_layout(torch.Size((rows, self.matrix[1])), self.dtype, replace(self.spec, row_dims=1))
 
     def unpack(self, parts: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
         """See `Layout.unpack`."""
@@ -257,6 +257,12 @@ class SparseLayout(Layout):
         return dense.view(self.matrix)
 
 
+@lru_cache(maxsize=2**12)
+def sparse_layout(shape: torch.Size, dtype: torch.dtype, spec: PackSpec) -> SparseLayout:
+    """How `pack` packs such a tensor; one object for all of them, that works out its attributes once."""
+    return SparseLayout(shape, dtype, spec)
+
+
 def pack(x: Tensor, spec: PackSpec, mean: Tensor | None = None, rstd: Tensor | None = None) -> Packed:
     """Pack a floating-point tensor of any shape.
 
@@ -275,7 +281,7 @@ def pack(x: Tensor, spec: PackSpec, mean: Tensor | None = None, rstd: Tensor | N
     if not x.is_floating_point():
         raise TypeError(f"pack takes floating-point tensors, got {x.dtype}")
     x = x.detach()
-    layout = SparseLayout(x.shape, x.dtype, spec)
+    layout = sparse_layout(x.shape, x.dtype, spec)
     compilable = layout._compilable and x.numel() > 0 and layout._handled(x.device, x.dtype)
     if compilable and layout.by_row:
         return _pack_natively(x, layout, mean, rstd)

@@ -9,17 +9,17 @@ enum { KEPT_NUMEL = 1 << 17 };
 
 static int keeps_channel(const batch_norm_args *a) { return a->batch * a->x_hat.n <= KEPT_NUMEL; }
 
-/* `s->x` has room for a row, or for all rows of a channel if these stay. */
-CLONED static void channel_gradients(const batch_norm_args *a, int64_t first, int64_t last, const row_scratch *s) {
+/* `x` has room for a row, or for all rows of a channel if these stay. */
+CLONED static void channel_gradients(const batch_norm_args *a, int64_t first, int64_t last, float *x) {
     const int64_t n = a->x_hat.n, whole = n / LANES * LANES, stride = keeps_channel(a) ? n : 0;
     for (int64_t channel = first; channel < last; channel++) {
         double sum = 0, product = 0;
         for (int64_t sample = 0; sample < a->batch; sample++) {
             const int64_t row = sample * a->channels + channel;
             const float *restrict grad = a->grad + row * n;
-            float *restrict x_hat = s->x + sample * stride;
+            float *restrict x_hat = x + sample * stride;
             float sums[LANES] = {0}, products[LANES] = {0};
-            unpack_row(&a->x_hat, row, s, x_hat);
+            unpack_row(&a->x_hat, row, x_hat);
             for (int64_t i = 0; i < whole; i += LANES) {
                 for (int64_t j = 0; j < LANES; j++) sums[j] += grad[i + j];
                 for (int64_t j = 0; j < LANES; j++) products[j] += grad[i + j] * x_hat[i + j];
@@ -28,7 +28,7 @@ CLONED static void channel_gradients(const batch_norm_args *a, int64_t first, in
                 sums[i - whole] += grad[i];
                 products[i - whole] += grad[i] * x_hat[i];
             }
-            for (int64_t j = 0; j < LANES; j++) sum += (double)sums[j], product += (double)products[j];
+            sum += (double)sum_floats(sums), product += (double)sum_floats(products);
         }
         a->grad_beta[channel] = (float)sum;
         a->grad_gamma[channel] = (float)product;
@@ -41,9 +41,9 @@ CLONED static void channel_gradients(const batch_norm_args *a, int64_t first, in
             const int64_t row = sample * a->channels + channel;
             const float *restrict grad = a->grad + row * n;
             float *restrict out = a->grad_input + row * n;
-            float *restrict x_hat = s->x + sample * stride;
+            float *restrict x_hat = x + sample * stride;
             if (a->by_batch) {
-                if (!stride) unpack_row(&a->x_hat, row, s, x_hat);
+                if (!stride) unpack_row(&a->x_hat, row, x_hat);
                 for (int64_t i = 0; i < n; i++) out[i] = (grad[i] - mean - x_hat[i] * projection) * scale;
             } else {
                 for (int64_t i = 0; i < n; i++) out[i] = grad[i] * scale;
@@ -58,16 +58,13 @@ EXPORTED int64_t hf_backrazor_batch_norm(const batch_norm_args *a) {
 #pragma omp parallel for num_threads((int)(threads > 0 ? threads : 1)) schedule(static) reduction(+ : failed)
 #endif
     for (int64_t t = 0; t < threads; t++) {
-        size_t bytes = (size_t)(a->x_hat.n + SLACK);
-        size_t numel = (size_t)(a->x_hat.n * (keeps_channel(a) ? a->batch : 1) + SLACK);
-        uint8_t *memory = malloc(4 * numel + 2 * bytes);
-        if (!memory) {
+        float *x = malloc((size_t)(a->x_hat.n * (keeps_channel(a) ? a->batch : 1)) * 4);
+        if (!x) {
             failed++;
             continue;
         }
-        row_scratch s = {(float *)(void *)memory, memory + 4 * numel, memory + 4 * numel + bytes};
-        channel_gradients(a, a->channels * t / threads, a->channels * (t + 1) / threads, &s);
-        free(memory);
+        channel_gradients(a, a->channels * t / threads, a->channels * (t + 1) / threads, x);
+        free(x);
     }
     return failed ? NO_MEMORY : DONE;
 }

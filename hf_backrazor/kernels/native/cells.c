@@ -4,16 +4,10 @@
 
 #define STEPS 256
 
-typedef struct {
-    float *x; /* the row */
-    uint8_t *codes;
-    uint8_t *plane;
-} scratch;
-
+/* Cells of a portion. */
 INLINED void count_starts(const float *restrict x, const cells_args *a, uint8_t *restrict codes) {
     const float reach = a->reach, steps_per_unit = a->steps_per_unit;
-    const int64_t n = a->n;
-    for (int64_t i = 0; i < n; i++) {
+    for (int i = 0; i < PORTION; i++) {
         float step = (x[i] + reach) * steps_per_unit;
         step = step > 0.0f ? step : 0.0f; /* so NaN is 0, too */
         step = step < STEPS - 1 ? step : STEPS - 1;
@@ -23,12 +17,12 @@ INLINED void count_starts(const float *restrict x, const cells_args *a, uint8_t 
     const uint8_t s1 = s[1];
 #define FROM(v, j) ((v) >= s##j ? 1 : 0)
     if (a->bits == 1) {
-        for (int64_t i = 0; i < n; i++) codes[i] = (uint8_t)FROM(codes[i], 1);
+        for (int i = 0; i < PORTION; i++) codes[i] = (uint8_t)FROM(codes[i], 1);
         return;
     }
     const uint8_t s2 = s[2], s3 = s[3];
     if (a->bits == 2) {
-        for (int64_t i = 0; i < n; i++) {
+        for (int i = 0; i < PORTION; i++) {
             const uint8_t v = codes[i];
             codes[i] = (uint8_t)(FROM(v, 1) + FROM(v, 2) + FROM(v, 3));
         }
@@ -36,7 +30,7 @@ INLINED void count_starts(const float *restrict x, const cells_args *a, uint8_t 
     }
     const uint8_t s4 = s[4], s5 = s[5], s6 = s[6], s7 = s[7];
     if (a->bits == 3) {
-        for (int64_t i = 0; i < n; i++) {
+        for (int i = 0; i < PORTION; i++) {
             const uint8_t v = codes[i];
             codes[i] = (uint8_t)(FROM(v, 1) + FROM(v, 2) + FROM(v, 3) + FROM(v, 4) + FROM(v, 5) + FROM(v, 6) +
                                  FROM(v, 7));
@@ -44,7 +38,7 @@ INLINED void count_starts(const float *restrict x, const cells_args *a, uint8_t 
         return;
     }
     const uint8_t s8 = s[8], s9 = s[9], s10 = s[10], s11 = s[11], s12 = s[12], s13 = s[13], s14 = s[14], s15 = s[15];
-    for (int64_t i = 0; i < n; i++) {
+    for (int i = 0; i < PORTION; i++) {
         const uint8_t v = codes[i];
         codes[i] = (uint8_t)(FROM(v, 1) + FROM(v, 2) + FROM(v, 3) + FROM(v, 4) + FROM(v, 5) + FROM(v, 6) + FROM(v, 7) +
                              FROM(v, 8) + FROM(v, 9) + FROM(v, 10) + FROM(v, 11) + FROM(v, 12) + FROM(v, 13) +
@@ -53,34 +47,26 @@ INLINED void count_starts(const float *restrict x, const cells_args *a, uint8_t 
 #undef FROM
 }
 
-CLONED static void encode_rows(const cells_args *a, int64_t first, int64_t last, const scratch *s) {
+CLONED static void encode_rows(const cells_args *a, int64_t first, int64_t last) {
+    const int64_t n = a->n;
     for (int64_t row = first; row < last; row++) {
-        if (a->x_dtype == FLOAT32) {
-            count_starts((const float *)a->x + row * a->stride, a, s->codes);
-        } else {
-            const uint16_t *x = (const uint16_t *)a->x + row * a->stride;
-            for (int64_t i = 0; i < a->n; i++) s->x[i] = from_bfloat16(x[i]);
-            count_starts(s->x, a, s->codes);
+        for (int64_t start = 0; start < n; start += PORTION) {
+            float x[PORTION];
+            uint8_t codes[PORTION];
+            const int64_t count = smaller(PORTION, n - start), at = row * a->stride + start;
+            load_portion(a->x, a->x_dtype, at, count, x);
+            count_starts(x, a, codes);
+            for (int64_t i = count; i < PORTION; i++) codes[i] = 0;
+            write_codes(codes, start, n, a->bits, a->fields + row * a->fields_stride);
         }
-        pack_codes(s->codes, a->n, a->bits, s->plane, a->fields + row * a->fields_stride);
     }
 }
 
 EXPORTED int64_t hf_backrazor_encode_cells(const cells_args *a) {
-    int64_t rows = a->rows, failed = 0, threads = smaller(a->threads, rows);
+    int64_t rows = a->rows, threads = smaller(a->threads, rows);
 #if defined(_OPENMP)
-#pragma omp parallel for num_threads((int)(threads > 0 ? threads : 1)) schedule(static) reduction(+ : failed)
+#pragma omp parallel for num_threads((int)(threads > 0 ? threads : 1)) schedule(static)
 #endif
-    for (int64_t t = 0; t < threads; t++) {
-        size_t bytes = (size_t)(a->n + SLACK);
-        uint8_t *memory = malloc(bytes * (4 + 2));
-        if (!memory) {
-            failed++;
-            continue;
-        }
-        scratch s = {(float *)(void *)memory, memory + 4 * bytes, memory + 5 * bytes};
-        encode_rows(a, rows * t / threads, rows * (t + 1) / threads, &s);
-        free(memory);
-    }
-    return failed ? NO_MEMORY : DONE;
+    for (int64_t t = 0; t < threads; t++) encode_rows(a, rows * t / threads, rows * (t + 1) / threads);
+    return DONE;
 }

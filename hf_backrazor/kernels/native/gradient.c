@@ -9,32 +9,27 @@
 
 /* ---- coded rows to integers ---- */
 
-typedef struct {
-    uint8_t *codes;
-    uint8_t *plane;
-} scratch;
-
-INLINED void look_up_integers(const uint8_t *restrict codes, int64_t n, int64_t bits, const int8_t *restrict table,
+INLINED void look_up_integers(const uint8_t *restrict codes, int64_t bits, const int8_t *restrict table,
                               int8_t *restrict to) {
     int8_t v[16] = {0};
     memcpy(v, table, (size_t)1 << bits);
     const int8_t v0 = v[0], v1 = v[1], v2 = v[2], v3 = v[3], v4 = v[4], v5 = v[5], v6 = v[6], v7 = v[7];
     const int8_t v8 = v[8], v9 = v[9], v10 = v[10], v11 = v[11], v12 = v[12], v13 = v[13], v14 = v[14], v15 = v[15];
     if (bits <= 2) {
-        for (int64_t i = 0; i < n; i++) {
+        for (int i = 0; i < PORTION; i++) {
             const uint8_t c = codes[i];
             const int8_t a = c & 1 ? v1 : v0, b = c & 1 ? v3 : v2;
             to[i] = c & 2 ? b : a;
         }
     } else if (bits == 3) {
-        for (int64_t i = 0; i < n; i++) {
+        for (int i = 0; i < PORTION; i++) {
             const uint8_t c = codes[i];
             const int8_t a = c & 1 ? v1 : v0, b = c & 1 ? v3 : v2, d = c & 1 ? v5 : v4, e = c & 1 ? v7 : v6;
             const int8_t f = c & 2 ? b : a, g = c & 2 ? e : d;
             to[i] = c & 4 ? g : f;
         }
     } else {
-        for (int64_t i = 0; i < n; i++) {
+        for (int i = 0; i < PORTION; i++) {
             const uint8_t c = codes[i];
             const int8_t a = c & 1 ? v1 : v0, b = c & 1 ? v3 : v2, d = c & 1 ? v5 : v4, e = c & 1 ? v7 : v6;
             const int8_t f = c & 1 ? v9 : v8, g = c & 1 ? v11 : v10, h = c & 1 ? v13 : v12, k = c & 1 ? v15 : v14;
@@ -45,32 +40,28 @@ INLINED void look_up_integers(const uint8_t *restrict codes, int64_t n, int64_t 
     }
 }
 
-CLONED static void integers_of_rows(const integers_args *a, int64_t first, int64_t last, const scratch *s) {
+CLONED static void integers_of_rows(const integers_args *a, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row++) {
         int8_t *out = a->out + row * a->n;
-        unpack_codes(a->fields + row * a->fields_stride, a->n, a->bits, s->plane, s->codes);
-        look_up_integers(s->codes, a->n, a->bits, a->table, out);
+        for (int64_t start = 0; start < a->n; start += PORTION) {
+            uint8_t codes[PORTION];
+            int8_t rest[PORTION];
+            const int full = a->n - start >= PORTION;
+            read_codes(a->fields + row * a->fields_stride, start, a->n, a->bits, codes);
+            look_up_integers(codes, a->bits, a->table, full ? out + start : rest);
+            if (!full) memcpy(out + start, rest, (size_t)(a->n - start));
+        }
         if (a->k) FOR_EACH_KEPT(a->index + row * a->index_stride, a->n, a->k, a->coding, i, j, out[i] = 0);
     }
 }
 
 EXPORTED int64_t hf_backrazor_integers(const integers_args *a) {
-    int64_t rows = a->rows, failed = 0, threads = smaller(a->threads, rows);
+    int64_t rows = a->rows, threads = smaller(a->threads, rows);
 #if defined(_OPENMP)
-#pragma omp parallel for num_threads((int)(threads > 0 ? threads : 1)) schedule(static) reduction(+ : failed)
+#pragma omp parallel for num_threads((int)(threads > 0 ? threads : 1)) schedule(static)
 #endif
-    for (int64_t t = 0; t < threads; t++) {
-        size_t bytes = (size_t)(a->n + SLACK);
-        uint8_t *memory = malloc(bytes * 2);
-        if (!memory) {
-            failed++;
-            continue;
-        }
-        scratch s = {memory, memory + bytes};
-        integers_of_rows(a, rows * t / threads, rows * (t + 1) / threads, &s);
-        free(memory);
-    }
-    return failed ? NO_MEMORY : DONE;
+    for (int64_t t = 0; t < threads; t++) integers_of_rows(a, rows * t / threads, rows * (t + 1) / threads);
+    return DONE;
 }
 
 /* ---- the output's gradient, rounded at random ---- */

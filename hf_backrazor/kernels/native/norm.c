@@ -2,17 +2,11 @@
 #include "native.h"
 #include "unpack_row.h"
 
-INLINED float sum_lanes(const float *lanes) {
-    float sum = 0.0f;
-    for (int64_t j = 0; j < LANES; j++) sum += lanes[j];
-    return sum;
-}
-
-CLONED static void norm_rows(const norm_args *a, int64_t first, int64_t last, int64_t block, const row_scratch *s) {
+/* `x_hat` has room for a row. */
+CLONED static void norm_rows(const norm_args *a, int64_t first, int64_t last, int64_t block, float *x_hat) {
     const int64_t n = a->x_hat.n;
     const float *restrict gamma = a->gamma;
     float *restrict grad_gamma = a->grad_gamma + block * n, *restrict grad_beta = a->grad_beta + block * n;
-    const float *restrict x_hat = s->x;
     memset(grad_gamma, 0, (size_t)n * 4);
     memset(grad_beta, 0, (size_t)n * 4);
     for (int64_t row = first; row < last; row++) {
@@ -20,7 +14,7 @@ CLONED static void norm_rows(const norm_args *a, int64_t first, int64_t last, in
         float *restrict out = a->grad_input + row * n;
         float sums[LANES] = {0}, products[LANES] = {0};
         int64_t whole = n / LANES * LANES;
-        unpack_row(&a->x_hat, row, s, s->x);
+        unpack_row(&a->x_hat, row, x_hat);
         for (int64_t i = 0; i < n; i++) {
             grad_gamma[i] += grad[i] * x_hat[i];
             grad_beta[i] += grad[i];
@@ -38,8 +32,8 @@ CLONED static void norm_rows(const norm_args *a, int64_t first, int64_t last, in
             sums[i - whole] += out[i];
             products[i - whole] += out[i] * x_hat[i];
         }
-        const float projection = sum_lanes(products) / (float)n, rstd = a->rstd[row];
-        const float mean = a->centred ? sum_lanes(sums) / (float)n : 0.0f;
+        const float projection = sum_floats(products) / (float)n, rstd = a->rstd[row];
+        const float mean = a->centred ? sum_floats(sums) / (float)n : 0.0f;
         for (int64_t i = 0; i < n; i++) out[i] = (out[i] - x_hat[i] * projection - mean) * rstd;
     }
 }
@@ -51,17 +45,15 @@ EXPORTED int64_t hf_backrazor_norm(const norm_args *a) {
 #pragma omp parallel for num_threads((int)(threads > 0 ? threads : 1)) schedule(static) reduction(+ : failed)
 #endif
     for (int64_t t = 0; t < threads; t++) {
-        size_t bytes = (size_t)(a->x_hat.n + SLACK);
-        uint8_t *memory = malloc(bytes * (4 + 2));
-        if (!memory) {
+        float *x_hat = malloc((size_t)a->x_hat.n * 4);
+        if (!x_hat) {
             failed++;
             continue;
         }
-        row_scratch s = {(float *)(void *)memory, memory + 4 * bytes, memory + 5 * bytes};
         for (int64_t block = blocks * t / threads; block < blocks * (t + 1) / threads; block++) {
-            norm_rows(a, block * a->block, smaller((block + 1) * a->block, rows), block, &s);
+            norm_rows(a, block * a->block, smaller((block + 1) * a->block, rows), block, x_hat);
         }
-        free(memory);
+        free(x_hat);
     }
     return failed ? NO_MEMORY : DONE;
 }

@@ -8,12 +8,6 @@
 #include "index.h"
 #include "native.h"
 
-typedef struct {
-    float *x; /* the row */
-    uint8_t *codes;
-    uint8_t *plane;
-} row_scratch;
-
 /* gain x + offset within the limits, of one row. */
 typedef struct {
     float gain, offset, low, high;
@@ -40,19 +34,26 @@ INLINED float mapped(const row_map *m, float x) {
 }
 
 /* Codes stand for few values in a row, so mapping these is all it takes; with a base or a centre, every element. */
-INLINED void unpack_row(const unpack_args *a, int64_t row, const row_scratch *s, float *restrict x) {
+INLINED void unpack_row(const unpack_args *a, int64_t row, float *restrict x) {
     const int64_t n = a->n;
     const row_map map = map_of_row(a, row);
     const int maps = map.scaled || map.shifted || map.limited, late = maps && (a->keep_base || a->centre);
     if (a->bits) {
-        float values[16];
+        float values[16] = {0};
         const float scale = a->scale ? from_bfloat16(a->scale[row]) : 1.0f;
         for (int64_t j = 0; j < (int64_t)1 << a->bits; j++) {
             values[j] = a->levels[j] * scale;
             if (maps && !late) values[j] = mapped(&map, values[j]);
         }
-        unpack_codes(a->fields + row * a->fields_stride, n, a->bits, s->plane, s->codes);
-        look_up(s->codes, n, a->bits, values, x);
+        const uint8_t *fields = a->fields + row * a->fields_stride;
+        for (int64_t start = 0; start < n; start += PORTION) {
+            uint8_t codes[PORTION];
+            float last[PORTION];
+            const int full = n - start >= PORTION;
+            read_codes(fields, start, n, a->bits, codes);
+            look_up(codes, a->bits, values, full ? x + start : last);
+            if (!full) memcpy(x + start, last, (size_t)(n - start) * 4);
+        }
     } else if (!a->keep_base) {
         const float zero = maps && !late ? mapped(&map, 0.0f) : 0.0f;
         for (int64_t i = 0; i < n; i++) x[i] = zero;
