@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from ..packing import Layout, Packed, PackSpec
+from .layouts import PaddedLayout
 from .precision import accumulate_dtype, compute_dtype
 from .sharing import pack_shared
 
@@ -48,6 +49,10 @@ class Geometry:
         transposed = output_padding is not None
         output_padding = tuple(output_padding) if transposed else (0,) * len(size)
         return cls(stride, _for_each(padding, size), dilation, transposed, output_padding, groups)
+
+    def padded(self, margins: Sequence[int]) -> Geometry:
+        """With so many more zeros on either side of each dimension."""
+        return replace(self, padding=tuple(p + m for p, m in zip(self.padding, margins, strict=True)))
 
     def backward(
         self, grad_output: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]
@@ -115,8 +120,14 @@ class _Convolution(torch.autograd.Function):
         packed: Packed | None,
     ) -> Tensor:
         ctx.layout, parts = packed or (None, ())
-        ctx.geometry = geometry
-        ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
+        ctx.geometry = ctx.weight_geometry = geometry
+        ctx.input_shape = ctx.weight_shape = x.shape
+        ctx.input_dtype = x.dtype
+        if isinstance(ctx.layout, PaddedLayout) and (margins := ctx.layout.margins) and not geometry.transposed:
+            # Padding that the gradient's convolution does itself takes no copy.
+            ctx.weight_shape = torch.Size((*x.shape[:2], *ctx.layout.spatial))
+            ctx.weight_geometry = geometry.padded(margins)
+            ctx.layout = ctx.layout.x
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(weight, *parts)
         return forward(x)
@@ -150,10 +161,10 @@ def _shape_alone(like: Tensor, shape: torch.Size) -> Tensor:
 
 def _grad_weight(ctx: FunctionCtx, grad_output: Tensor, kernel: Tensor, parts: Sequence[Tensor]) -> Tensor:
     total = None
-    for start, stop, x in _samples(ctx.layout, ctx.input_shape, parts, grad_output.dtype):
-        grads = ctx.geometry.backward(grad_output[start:stop], x, kernel, (False, True, False))
+    for start, stop, x in _samples(ctx.layout, ctx.weight_shape, parts, grad_output.dtype):
+        grads = ctx.weight_geometry.backward(grad_output[start:stop], x, kernel, (False, True, False))
         if total is None:
-            total = grads[1] if stop == ctx.input_shape[0] else grads[1].to(accumulate_dtype(grads[1]))
+            total = grads[1] if stop == ctx.weight_shape[0] else grads[1].to(accumulate_dtype(grads[1]))
         else:
             total += grads[1]
     return total
@@ -162,11 +173,11 @@ def _grad_weight(ctx: FunctionCtx, grad_output: Tensor, kernel: Tensor, parts: S
 def _samples(layout: Layout, shape: torch.Size, parts: Sequence[Tensor], dtype: torch.dtype):
     """Some samples at a time, unpacked: the first one's number, the last one's and one more, and they."""
     rows = layout.matrix[0] // shape[0] if shape[0] else 0
-    numel = CONVOLUTION_NUMEL.get(parts[0].device.type, shape.numel())
-    step = max(1, numel * shape[0] // max(shape.numel(), 1)) if layout.sliceable and rows else shape[0]
-    if step >= shape[0]:
+    if not layout.sliceable or not rows:
         yield 0, shape[0], layout.unpack(parts, dtype).reshape(shape)
         return
+    numel = CONVOLUTION_NUMEL.get(parts[0].device.type, shape.numel())
+    step = max(1, numel * shape[0] // max(shape.numel(), 1))
     for start in range(0, shape[0], step):
         stop = min(start + step, shape[0])
         x = layout.unpack_rows(parts, start * rows, stop * rows, dtype)

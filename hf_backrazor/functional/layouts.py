@@ -92,10 +92,16 @@ class ChannelAffineLayout(AffineLayout):
             high: no element is above this.
         """
         parts, gamma, beta = self.split(parts)
-        channel = torch.arange(start, stop, device=parts[0].device) % self.shape[1]
         wide = torch.promote_types(dtype, torch.float32)
-        gain, offset = (None if t is None else t.to(wide)[channel] for t in (gamma, beta))
+        gain, offset = (None if t is None else self._of_rows(t.to(wide), start, stop) for t in (gamma, beta))
         return self.x_hat.unpack_rows(parts, start, stop, dtype, then=RowMap(gain, offset, low, high))
+
+    def _of_rows(self, of_channels: Tensor, start: int, stop: int) -> Tensor:
+        """A channel's number for each of the rows from `start` to `stop`."""
+        channels = self.shape[1]
+        if start % channels or stop % channels:
+            return of_channels[torch.arange(start, stop, device=of_channels.device) % channels]
+        return of_channels.repeat((stop - start) // channels)
 
 
 @dataclass(frozen=True)
@@ -289,6 +295,14 @@ class PaddedLayout(Layout):
     def coarse(self) -> bool:
         """See `Layout.coarse`."""
         return self.x.coarse
+
+    @property
+    def margins(self) -> tuple[int, ...] | None:
+        """Zeros on either side in each spatial dimension, the first one first; None if the sides differ."""
+        before, after = self.padding[::2], self.padding[1::2]
+        if before != after or min(before) < 0:
+            return None
+        return (0,) * (len(self.spatial) - len(before)) + before[::-1]
 
     def unpack_rows(self, parts: Sequence[Tensor], start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """See `Layout.unpack_rows`."""

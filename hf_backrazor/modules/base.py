@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -91,9 +90,10 @@ class RazorModule(Extension, _Module):
         return ", ".join(text for text in (super().extra_repr(), self.razor_repr()) if text)
 
 
-def input_spec(config: RazorConfig) -> PackSpec:
-    """How the inputs of linear layers are packed."""
-    return PackSpec(config.sparsity, config.granularity, _bits(config, config.residual_bits), config.value_dtype)
+def input_spec(config: RazorConfig, row_dims: int = 1) -> PackSpec:
+    """How the inputs of linear layers are packed; with more dimensions in a row, those of convolutions."""
+    bits = _bits(config, config.residual_bits)
+    return PackSpec(config.sparsity, config.granularity, bits, config.value_dtype, row_dims=row_dims)
 
 
 def linear_spec(config: RazorConfig, x: Tensor) -> PackSpec:
@@ -108,9 +108,10 @@ def linear_spec(config: RazorConfig, x: Tensor) -> PackSpec:
     return PackSpec() if spec.bits and pooled and origin_of(x) is None else spec
 
 
-def norm_spec(config: RazorConfig) -> PackSpec:
+def norm_spec(config: RazorConfig, row_dims: int = 1) -> PackSpec:
     """How norms pack what they store."""
-    return PackSpec(config.sparsity, config.granularity, _bits(config, config.norm_bits), config.value_dtype)
+    bits = _bits(config, config.norm_bits)
+    return PackSpec(config.sparsity, config.granularity, bits, config.value_dtype, row_dims=row_dims)
 
 
 def map_norm_spec(config: RazorConfig, spatial: int) -> PackSpec:
@@ -119,7 +120,7 @@ def map_norm_spec(config: RazorConfig, spatial: int) -> PackSpec:
     An input is kept whole, as the released code of the paper does: top-k over a sample leaves nothing of most channels,
     and the gradient through a norm of those would be arbitrary.
     """
-    return PackSpec(row_dims=spatial) if config.norm == "input" else replace(norm_spec(config), row_dims=spatial)
+    return PackSpec(row_dims=spatial) if config.norm == "input" else norm_spec(config, spatial)
 
 
 def product_spec(config: RazorConfig) -> PackSpec:

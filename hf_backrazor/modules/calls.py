@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -103,7 +102,7 @@ def _convolution(dimensions: int) -> Callable:
         if input.dim() != weight.dim() or not _saves(module, input, weight):
             return NotImplemented
         geometry = Geometry.of(weight, stride, padding, dilation, groups)
-        spec = replace(input_spec(module.razor_config), row_dims=dimensions)
+        spec = input_spec(module.razor_config, dimensions)
         forward = partial(function, weight=weight, bias=bias, stride=stride, padding=padding)
         return convolution(input, weight, bias, geometry, partial(forward, dilation=dilation, groups=groups), spec)
 
@@ -215,7 +214,7 @@ def _multiply(module: RazorModule, x: Any, y: Any) -> Any:
         # Only then would the other factor be saved for it.
         rows = rows_of_scaling(factor, scale) if scale.requires_grad else None
         if rows is not None and _saves(module, factor, scale):
-            return scaling(factor, scale, replace(input_spec(module.razor_config), row_dims=rows))
+            return scaling(factor, scale, input_spec(module.razor_config, rows))
     return NotImplemented
 
 

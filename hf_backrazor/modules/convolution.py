@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor, nn
 
 from ..functional import Geometry, convolution
@@ -44,7 +42,7 @@ class RazorConvolution(RazorModule):
             )
         geometry = Geometry.of(self.weight, self.stride, self.padding, self.dilation, self.groups, output_padding)
         plain = super().forward
-        spec = replace(input_spec(self.razor_config), row_dims=spatial)
+        spec = input_spec(self.razor_config, spatial)
         return convolution(x, self.weight, self.bias, geometry, lambda x: plain(x, *arguments), spec)
 
     def razor_repr(self) -> str:

@@ -9,6 +9,12 @@ enum { KEPT_NUMEL = 1 << 17 };
 
 static int keeps_channel(const batch_norm_args *a) { return a->batch * a->x_hat.n <= KEPT_NUMEL; }
 
+/* The gradient's row that is read soon: channels are read one after the other, and of each a row for each sample. */
+INLINED const float *coming_row(const batch_norm_args *a, int64_t channel, int64_t sample) {
+    const int64_t place = smaller(channel * a->batch + sample + 1 + FETCH_AHEAD / (4 * a->x_hat.n), a->batch * a->channels - 1);
+    return a->grad + (place % a->batch * a->channels + place / a->batch) * a->x_hat.n;
+}
+
 /* `x` has room for a row, or for all rows of a channel if these stay. */
 CLONED static void channel_gradients(const batch_norm_args *a, int64_t first, int64_t last, float *x) {
     const int64_t n = a->x_hat.n, whole = n / LANES * LANES, stride = keeps_channel(a) ? n : 0;
@@ -19,8 +25,10 @@ CLONED static void channel_gradients(const batch_norm_args *a, int64_t first, in
             const float *restrict grad = a->grad + row * n;
             float *restrict x_hat = x + sample * stride;
             float sums[LANES] = {0}, products[LANES] = {0};
+            const float *coming = coming_row(a, channel, sample);
             unpack_row(&a->x_hat, row, x_hat);
             for (int64_t i = 0; i < whole; i += LANES) {
+                for (int64_t j = 0; j < LANES; j += LINE / 4) PREFETCH(coming + i + j);
                 for (int64_t j = 0; j < LANES; j++) sums[j] += grad[i + j];
                 for (int64_t j = 0; j < LANES; j++) products[j] += grad[i + j] * x_hat[i + j];
             }

@@ -34,12 +34,23 @@
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum { NO_INDEX = 0, MASK = 1, POSITIONS = 2, OFFSETS = 3 };
-/* Sums run in so many lanes, whatever the vectors' width: the same result on all processors. */
-#define LANES 16
+/* Sums run in so many lanes, whatever the vectors' width: the same result on all processors. Compilers leave lanes in
+ * memory, where an addition waits for the one before; with 16, the gradient of a batch norm takes half as long again. */
+#define LANES 32
 
 /* Loops run over portions of so many elements: a number that the compiler knows leaves no rest to run one by one, which
  * takes as long as all the others where rows are short. A row's last portion goes through a buffer. */
 #define PORTION 64
+
+/* Memory is asked for so many bytes ahead, as rows are worked on longer than it takes to read them. Without, packing 8 x
+ * 64 x 56 x 56 floats that were last used a while ago takes 0.7 ns an element, with it 0.43. */
+#define FETCH_AHEAD 8192
+#define LINE 64
+#if defined(__GNUC__)
+#define PREFETCH(address) __builtin_prefetch(address, 0, 2)
+#else
+#define PREFETCH(address) ((void)(address))
+#endif
 
 enum { DONE = 0, NO_MEMORY = 1 };
 
@@ -222,7 +233,7 @@ INLINED int64_t padded(int64_t n) { return (n + PORTION - 1) / PORTION * PORTION
 
 INLINED int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* Sums of lanes in pairs: four additions that wait for each other instead of sixteen. The lanes are changed. */
+/* Sums of lanes, in pairs: few additions wait for each other. The lanes are changed. */
 INLINED float sum_floats(float *restrict lanes) {
     for (int width = LANES / 2; width; width /= 2) {
         for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];

@@ -5,15 +5,8 @@
 #include "fields.h"
 #include "native.h"
 
-#if defined(__GNUC__)
-#define PREFETCH(address) __builtin_prefetch(address, 0, 2)
-#else
-#define PREFETCH(address) ((void)(address))
-#endif
-
-/* Bytes of a cache line; and how far ahead memory is asked for, as a set is read at once and then worked on for longer.
- * Without, packing 8 x 64 x 56 x 56 floats that were last used a while ago takes 0.7 ns an element, with it 0.43. */
-enum { LINE = 64, AHEAD = 8192 };
+/* Lists are read and written in steps of so many, and have room for one more. */
+enum { LIST_STEP = 16 };
 
 /* What is needed of a set. Places and their magnitudes are those of elements that may be among the k greatest. */
 typedef struct {
@@ -25,26 +18,24 @@ typedef struct {
 
 INLINED uint32_t magnitude(float x) { return bits_of(x) & 0x7fffffffu; }
 
-/* Magnitudes as integers: their order is that of the numbers, with NaN above infinity. */
+/* Magnitudes as integers: their order is that of the numbers, with NaN above infinity. Of a set, up to full portions. */
 INLINED int64_t count_at_least(const float *restrict x, int64_t n, uint32_t bound) {
-    int32_t lanes[LANES] = {0};
     int64_t total = 0;
-    for (int64_t start = 0; start < n; start += LANES) {
-        for (int i = 0; i < LANES; i++) lanes[i] += (int32_t)magnitude(x[start + i]) >= (int32_t)bound;
+    for (int64_t start = 0, stop; start < padded(n); start = stop) {
+        int32_t count = 0;
+        stop = smaller(padded(n), start + (1 << 20));
+        for (int64_t i = start; i < stop; i++) count += (int32_t)magnitude(x[i]) >= (int32_t)bound;
+        total += count;
     }
-    for (int i = 0; i < LANES; i++) total += lanes[i];
     return total;
 }
 
 INLINED uint32_t greatest_magnitude(const float *restrict x, int64_t n) {
-    int32_t lanes[LANES] = {0}, greatest = 0;
-    for (int64_t start = 0; start < n; start += LANES) {
-        for (int i = 0; i < LANES; i++) {
-            int32_t m = (int32_t)magnitude(x[start + i]);
-            lanes[i] = m > lanes[i] ? m : lanes[i];
-        }
+    int32_t greatest = 0;
+    for (int64_t i = 0; i < padded(n); i++) {
+        int32_t m = (int32_t)magnitude(x[i]);
+        greatest = m > greatest ? m : greatest;
     }
-    for (int i = 0; i < LANES; i++) greatest = lanes[i] > greatest ? lanes[i] : greatest;
     return (uint32_t)greatest;
 }
 
@@ -66,7 +57,7 @@ INLINED uint32_t find_bound(const float *restrict x, int64_t n, int64_t k, float
         int64_t count = count_at_least(x, n, bound);
         if (count >= k) {
             low = bound;
-            if (count <= 2 * k + LANES) break;
+            if (count <= 2 * k + LIST_STEP) break;
         } else {
             high = bound;
         }
@@ -116,9 +107,9 @@ INLINED void keep_greatest(int64_t count, int64_t k, uint32_t low, const scratch
     int32_t greatest = 0;
     int64_t reach_low = count, reach_high = 0, kept = 0;
     if (count == k) return;
-    for (int i = 0; i < LANES; i++) magnitudes[count + i] = 0; /* up to whole vectors */
-    for (int64_t i = 0; i < count; i += LANES) {
-        for (int j = 0; j < LANES; j++) {
+    for (int i = 0; i < LIST_STEP; i++) magnitudes[count + i] = 0; /* up to whole vectors */
+    for (int64_t i = 0; i < count; i += LIST_STEP) {
+        for (int j = 0; j < LIST_STEP; j++) {
             greatest = (int32_t)magnitudes[i + j] > greatest ? (int32_t)magnitudes[i + j] : greatest;
         }
     }
@@ -126,8 +117,8 @@ INLINED void keep_greatest(int64_t count, int64_t k, uint32_t low, const scratch
     while (reach_low != k && high - low > 1) {
         const uint32_t bound = low + (high - low) / 2;
         int32_t reach = 0;
-        for (int64_t i = 0; i < count; i += LANES) {
-            for (int j = 0; j < LANES; j++) reach += (int32_t)magnitudes[i + j] >= (int32_t)bound;
+        for (int64_t i = 0; i < count; i += LIST_STEP) {
+            for (int j = 0; j < LIST_STEP; j++) reach += (int32_t)magnitudes[i + j] >= (int32_t)bound;
         }
         if (reach >= k) {
             low = bound, reach_low = reach;
@@ -266,7 +257,7 @@ INLINED int64_t offset_of(const pack_args *a, int64_t set) {
 /* A set that is read soon, but no earlier than memory takes to bring it. */
 INLINED const char *coming_set(const pack_args *a, int64_t set) {
     const int64_t sets = a->sizes[0] * a->sizes[1] * a->sizes[2], bytes = a->x_dtype == FLOAT32 ? 4 : 2;
-    const int64_t coming = set + 1 + AHEAD / (a->n * bytes);
+    const int64_t coming = set + 1 + FETCH_AHEAD / (a->n * bytes);
     return (const char *)a->x + offset_of(a, smaller(coming, sets - 1)) * bytes;
 }
 
@@ -316,7 +307,7 @@ EXPORTED int64_t hf_backrazor_pack(const pack_args *a) {
 #pragma omp parallel for num_threads((int)(threads > 0 ? threads : 1)) schedule(static) reduction(+ : failed)
 #endif
     for (int64_t t = 0; t < threads; t++) {
-        const size_t numel = (size_t)padded(a->n) + LANES; /* lists are written to in steps of so many */
+        const size_t numel = (size_t)padded(a->n) + LIST_STEP;
         float *memory = malloc(numel * 3 * 4);
         if (!memory) {
             failed++;
