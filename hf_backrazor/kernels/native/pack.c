@@ -39,10 +39,13 @@ INLINED uint32_t greatest_magnitude(const float *restrict x, int64_t n) {
     return (uint32_t)greatest;
 }
 
+/* A lane's share of a portion. */
+#define SQUARES(type, x, i) ((type)(x)[i] * (type)(x)[i] + (type)(x)[LANES + i] * (type)(x)[LANES + i])
+
 INLINED float root_mean_square(const float *restrict x, int64_t n) {
     float lanes[LANES] = {0};
-    for (int64_t start = 0; start < n; start += LANES) {
-        for (int i = 0; i < LANES; i++) lanes[i] += x[start + i] * x[start + i];
+    for (int64_t start = 0; start < n; start += PORTION) {
+        for (int i = 0; i < LANES; i++) lanes[i] += SQUARES(float, x + start, i);
     }
     return sqrtf(sum_floats(lanes) / (float)n);
 }
@@ -186,8 +189,8 @@ INLINED void emit_kept(const pack_args *a, int64_t set, const scratch *s) {
 
 INLINED double sum_of_squares(const float *restrict x, int64_t n) {
     double lanes[LANES] = {0};
-    for (int64_t i = 0; i < n; i += LANES) {
-        for (int j = 0; j < LANES; j++) lanes[j] += (double)x[i + j] * (double)x[i + j];
+    for (int64_t start = 0; start < n; start += PORTION) {
+        for (int i = 0; i < LANES; i++) lanes[i] += SQUARES(double, x + start, i);
     }
     return sum_doubles(lanes);
 }
