@@ -66,6 +66,7 @@ def add_shared_arguments(
     razor = parser.add_argument_group("razor")
     razor.add_argument("--preset", choices=PRESETS, help=f"what is stored for backward (default: {DEFAULT_PRESET})")
     razor.add_argument("--sparsity", type=fraction, help="fraction of a saved activation not kept exactly")
+    razor.add_argument("--residual_bits", type=int, choices=range(5), help="bits for the rest of a layer's input")
     razor.add_argument("--dense", action="store_true", help="train without the razor, for comparison")
 
     training = parser.add_argument_group("training")
@@ -90,11 +91,13 @@ def add_shared_arguments(
 
 def razor_config(args: argparse.Namespace) -> RazorConfig | None:
     """The configuration that the arguments ask for, or None for a dense run."""
+    changes = {name: getattr(args, name) for name in ("sparsity", "residual_bits")}
+    changes = {name: value for name, value in changes.items() if value is not None}
     if args.dense:
-        if args.preset is not None or args.sparsity is not None:
-            stop("--dense trains without the razor: leave out --preset and --sparsity")
+        if args.preset is not None or changes:
+            stop("--dense trains without the razor: leave out --preset, --sparsity and --residual_bits")
         return None
-    changes = {} if args.sparsity is None else {"sparsity": args.sparsity}
     preset = args.preset or DEFAULT_PRESET
-    with stop_on_error(f"no razor configuration from --preset {preset} --sparsity {args.sparsity}"):
+    options = "".join(f" --{name} {value}" for name, value in changes.items())
+    with stop_on_error(f"no razor configuration from --preset {preset}{options}"):
         return RazorConfig.preset(preset, **changes)

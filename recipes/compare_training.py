@@ -30,6 +30,7 @@ VARIANTS = {
     "paper 0.8": ["--preset", "paper", "--sparsity", "0.8"],
     "paper 0.9": ["--preset", "paper", "--sparsity", "0.9"],
     "balanced": ["--preset", "balanced"],
+    "balanced 4 bits": ["--preset", "balanced", "--residual_bits", "4"],
     "fast": ["--preset", "fast"],
 }
 DEFAULT_VARIANTS = ["dense", "paper 0.8", "paper 0.9", "balanced"]

@@ -438,10 +438,11 @@ def test_gradients_of_batch_norms_are_the_torch_codes(spec, shape, affine, by_ba
 def test_new_operators_run_on_fake_tensors() -> None:
     packed = pack(torch.randn(2, 3, 8, 8), PackSpec(0.9, bits=2, row_dims=2))
     parts = packed.layout.split(packed.parts)
-    arguments = (torch.randn(2, 3, 8, 8), torch.rand(3), True, *parts, packed.layout.kept, packed.layout.coding)
-    levels = (0.5, 1.5, -0.5, -1.5)
+    others = (torch.rand(3), True, *parts, packed.layout.kept, packed.layout.coding, 2, (0.5, 1.5, -0.5, -1.5))
     utils = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.hf_backrazor.batch_norm_backward, (*arguments, 2, levels), test_utils=utils)
+    for mask in (None, torch.randint(0, 255, (1, 48), dtype=torch.uint8)):
+        arguments = (torch.randn(2, 3, 8, 8), mask, *others)
+        torch.library.opcheck(torch.ops.hf_backrazor.batch_norm_backward, arguments, test_utils=utils)
     bits = torch.randint(0, 255, (1, 4), dtype=torch.uint8)
     torch.library.opcheck(torch.ops.hf_backrazor.pack_steps, (torch.randn(4, 8), 0.0, 6.0), test_utils=utils)
     torch.library.opcheck(torch.ops.hf_backrazor.times_steps, (torch.randn(4, 8), bits, 1.0, 0.0), test_utils=utils)

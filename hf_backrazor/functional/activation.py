@@ -20,7 +20,9 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from ..packing import Cells, Packed, PackSpec, Steps, encode_cells, pack, pack_steps, times_steps
 from ..packing.cells import FINE
+from .batch_norm import takes_masks
 from .layouts import CellLayout, ChannelAffineLayout, RectifiedLayout
+from .masked_gradient import MaskedGradient
 from .precision import current_autocast
 from .sharing import note_origin, origin_of
 
@@ -181,7 +183,9 @@ class _Activation(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         ctx.rule, ctx.function = rule, forward if rule is None else rule.value
+        ctx.returns_mask = False
         if rule is not None and rule.steps is not None:
+            ctx.returns_mask = rule.steps.masks and not inplace and takes_masks(x)
             stored = pack_steps(x, rule.steps)
         else:
             packed = pack(x, PackSpec(value_dtype="auto" if bits == 32 else "float16"))
@@ -200,6 +204,8 @@ class _Activation(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         stored, *parameters = ctx.saved_tensors
         rule = ctx.rule
+        if ctx.returns_mask and grad_output.is_contiguous():
+            return MaskedGradient(grad_output, stored), None, None, None, None
         if rule is not None and rule.steps is not None:
             return times_steps(grad_output, stored, rule.steps), None, None, None, None
         x = ctx.layout.unpack((stored,)).detach().requires_grad_()

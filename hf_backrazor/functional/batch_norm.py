@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from ..packing import Packed, PackSpec, batch_norm_gradients, pack, packed_batch_norm_gradients, sparse_layout
+from .masked_gradient import with_mask
 from .precision import accumulate_dtype
 from .sharing import note_affine, pack_shared
 
@@ -49,6 +50,11 @@ def batch_norm(
     if parts:
         note_affine(y, sparse_layout(x.shape, x.dtype, spec), parts, weight, bias, of_channels=True)
     return y
+
+
+def takes_masks(y: Tensor) -> bool:
+    """Whether a `MaskedGradient` of `y` goes to a batch norm as it is: no hook has to see it before."""
+    return isinstance(y.grad_fn, _BatchNorm._backward_cls) and not y._backward_hooks and not y.retains_grad
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -97,7 +103,10 @@ class _BatchNorm(torch.autograd.Function):
             return (None,) * 6
         weight, rstd, *parts = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad = grad_output.to(rstd.dtype)
+        grad, mask = with_mask(grad_output)
+        if mask is not None and (ctx.layout is None or ctx.from_input or grad.dtype != rstd.dtype):
+            grad, mask = grad_output.dense(), None
+        grad = grad.to(rstd.dtype)
         gamma = None if weight is None else weight.to(rstd.dtype)
         if ctx.layout is None:  # fixed statistics and weight
             scale = rstd if gamma is None else rstd * gamma
@@ -109,7 +118,7 @@ class _BatchNorm(torch.autograd.Function):
             scale = rstd if gamma is None else rstd * gamma
             grad_input, grad_weight, grad_bias = batch_norm_gradients(grad, x_hat, scale, ctx.training)
         else:
-            grads = packed_batch_norm_gradients(grad, ctx.layout, parts, rstd, gamma, ctx.training)
+            grads = packed_batch_norm_gradients(grad, ctx.layout, parts, rstd, gamma, ctx.training, mask)
             grad_input, grad_weight, grad_bias = grads
         return (
             grad_input.to(ctx.input_dtype) if needs_x else None,
