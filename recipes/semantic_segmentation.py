@@ -70,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--fixed_batch_norm", action="store_true", help="batch norms keep their statistics and weights")
     parser.add_argument("--pictures", type=whole, default=4, help="images in predictions.png (0: no such file)")
-    add_shared_arguments(parser, output_dir="runs/semantic_segmentation", learning_rate=6e-3, batch_size=8, epochs=5)
+    add_shared_arguments(parser, output_dir="runs/semantic_segmentation", learning_rate=3e-3, batch_size=8, epochs=10)
     return parser.parse_args()
 
 

@@ -8,6 +8,9 @@
 /* Lists are read and written in steps of so many, and have room for one more. */
 enum { LIST_STEP = 16 };
 
+/* So many are found one after the other. */
+enum { FEW = 3 };
+
 /* What is needed of a set. Places and their magnitudes are those of elements that may be among the k greatest. */
 typedef struct {
     float *x; /* the set, with zeros up to a full portion */
@@ -30,10 +33,20 @@ INLINED int64_t count_at_least(const float *restrict x, int64_t n, uint32_t boun
     return total;
 }
 
+/* The greatest magnitude below a limit, or zero. */
+INLINED uint32_t greatest_below(const float *restrict x, int64_t n, uint32_t limit) {
+    int32_t greatest = 0;
+    for (int64_t i = 0; i < padded(n); i++) {
+        const int32_t m = (int32_t)magnitude(x[i]), below = m < (int32_t)limit ? m : 0;
+        greatest = below > greatest ? below : greatest;
+    }
+    return (uint32_t)greatest;
+}
+
 INLINED uint32_t greatest_magnitude(const float *restrict x, int64_t n) {
     int32_t greatest = 0;
     for (int64_t i = 0; i < padded(n); i++) {
-        int32_t m = (int32_t)magnitude(x[i]);
+        const int32_t m = (int32_t)magnitude(x[i]);
         greatest = m > greatest ? m : greatest;
     }
     return (uint32_t)greatest;
@@ -53,7 +66,13 @@ INLINED float root_mean_square(const float *restrict x, int64_t n) {
 /* A bound that at least k magnitudes reach, and hardly more than twice as many, unless these are equal. The search begins
  * at `*ratio` times the root mean square, and leaves the ratio that it ends at. */
 INLINED uint32_t find_bound(const float *restrict x, int64_t n, int64_t k, float *ratio) {
-    if (k == 1) return greatest_magnitude(x, n);
+    if (k <= FEW) {
+        uint32_t few = greatest_magnitude(x, n);
+        if (k > 1) {
+            while (count_at_least(x, n, few) < k) few = greatest_below(x, n, few);
+        }
+        return few;
+    }
     const float rms = root_mean_square(x, n);
     uint32_t low = 0, high = 0x80000000u, bound = magnitude(rms * *ratio), step = 1u << 18;
     while (high - low > 1) {
