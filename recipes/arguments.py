@@ -91,8 +91,7 @@ def add_shared_arguments(
 
 def razor_config(args: argparse.Namespace) -> RazorConfig | None:
     """The configuration that the arguments ask for, or None for a dense run."""
-    changes = {name: getattr(args, name) for name in ("sparsity", "residual_bits")}
-    changes = {name: value for name, value in changes.items() if value is not None}
+    changes = {name: value for name in ("sparsity", "residual_bits") if (value := getattr(args, name)) is not None}
     if args.dense:
         if args.preset is not None or changes:
             stop("--dense trains without the razor: leave out --preset, --sparsity and --residual_bits")

@@ -183,7 +183,6 @@ class _Activation(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         ctx.rule, ctx.function = rule, forward if rule is None else rule.value
-        ctx.returns_mask = False
         if rule is not None and rule.steps is not None:
             ctx.returns_mask = rule.steps.masks and not inplace and takes_masks(x)
             stored = pack_steps(x, rule.steps)
@@ -204,9 +203,9 @@ class _Activation(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         stored, *parameters = ctx.saved_tensors
         rule = ctx.rule
-        if ctx.returns_mask and grad_output.is_contiguous():
-            return MaskedGradient(grad_output, stored), None, None, None, None
         if rule is not None and rule.steps is not None:
+            if ctx.returns_mask and grad_output.is_contiguous():
+                return MaskedGradient(grad_output, stored), None, None, None, None
             return times_steps(grad_output, stored, rule.steps), None, None, None, None
         x = ctx.layout.unpack((stored,)).detach().requires_grad_()
         with torch.enable_grad(), ctx.autocast:

@@ -53,8 +53,10 @@ def batch_norm(
 
 
 def takes_masks(y: Tensor) -> bool:
-    """Whether a `MaskedGradient` of `y` goes to a batch norm as it is: no hook has to see it before."""
-    return isinstance(y.grad_fn, _BatchNorm._backward_cls) and not y._backward_hooks and not y.retains_grad
+    """Whether a `MaskedGradient` of `y` goes as it is to a batch norm that applies it: no hook has to see it before."""
+    node = y.grad_fn
+    applied = isinstance(node, _BatchNorm._backward_cls) and node.applies_masks
+    return applied and not y._backward_hooks and not y.retains_grad
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -81,7 +83,7 @@ class _BatchNorm(torch.autograd.Function):
         ctx.training, ctx.from_input, ctx.input_dtype = training, packed_input is not None, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
-        ctx.layout = None
+        ctx.layout, ctx.applies_masks = None, False
         if not training and not ctx.needs_input_grad[1]:
             ctx.save_for_backward(weight, rstd)
             return (y,)
@@ -91,7 +93,7 @@ class _BatchNorm(torch.autograd.Function):
             return (y,)
         per_row = (*x.shape[:2], *(1,) * (x.dim() - 2))
         packed = pack(x, spec, _of_channels(mean, x).expand(per_row), _of_channels(rstd, x).expand(per_row))
-        ctx.layout = packed.layout
+        ctx.layout, ctx.applies_masks = packed.layout, x.dtype == wide
         ctx.save_for_backward(weight, rstd, *packed.parts)
         ctx.mark_non_differentiable(*packed.parts)
         return y, *packed.parts
@@ -104,8 +106,6 @@ class _BatchNorm(torch.autograd.Function):
         weight, rstd, *parts = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad, mask = with_mask(grad_output)
-        if mask is not None and (ctx.layout is None or ctx.from_input or grad.dtype != rstd.dtype):
-            grad, mask = grad_output.dense(), None
         grad = grad.to(rstd.dtype)
         gamma = None if weight is None else weight.to(rstd.dtype)
         if ctx.layout is None:  # fixed statistics and weight

@@ -121,14 +121,8 @@ class _Convolution(torch.autograd.Function):
         packed: Packed | None,
     ) -> Tensor:
         ctx.layout, parts = packed or (None, ())
-        ctx.geometry = ctx.weight_geometry = geometry
-        ctx.input_shape = ctx.weight_shape = x.shape
-        ctx.input_dtype = x.dtype
-        if isinstance(ctx.layout, PaddedLayout) and (margins := ctx.layout.margins) and not geometry.transposed:
-            # Padding that the gradient's convolution does itself takes no copy.
-            ctx.weight_shape = torch.Size((*x.shape[:2], *ctx.layout.spatial))
-            ctx.weight_geometry = geometry.padded(margins)
-            ctx.layout = ctx.layout.x
+        ctx.geometry = geometry
+        ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(weight, *parts)
         return forward(x)
@@ -161,11 +155,16 @@ def _shape_alone(like: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _grad_weight(ctx: FunctionCtx, grad_output: Tensor, kernel: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    layout, shape, geometry = ctx.layout, ctx.input_shape, ctx.geometry
+    if isinstance(layout, PaddedLayout) and (margins := layout.margins) and not geometry.transposed:
+        # Padding that the gradient's convolution does itself takes no copy.
+        shape = torch.Size((*shape[:2], *layout.spatial))
+        layout, geometry = layout.x, geometry.padded(margins)
     total = None
-    for start, stop, x in _samples(ctx.layout, ctx.weight_shape, parts, grad_output.dtype):
-        grads = ctx.weight_geometry.backward(grad_output[start:stop], x, kernel, (False, True, False))
+    for start, stop, x in _samples(layout, shape, parts, grad_output.dtype):
+        grads = geometry.backward(grad_output[start:stop], x, kernel, (False, True, False))
         if total is None:
-            total = grads[1] if stop == ctx.weight_shape[0] else grads[1].to(accumulate_dtype(grads[1]))
+            total = grads[1] if stop == shape[0] else grads[1].to(accumulate_dtype(grads[1]))
         else:
             total += grads[1]
     return total

@@ -92,8 +92,7 @@ class RazorModule(Extension, _Module):
 
 def input_spec(config: RazorConfig, row_dims: int = 1) -> PackSpec:
     """How the inputs of linear layers are packed; with more dimensions in a row, those of convolutions."""
-    bits = _bits(config, config.residual_bits)
-    return PackSpec(config.sparsity, config.granularity, bits, config.value_dtype, row_dims=row_dims)
+    return _spec(config, config.residual_bits, row_dims)
 
 
 def linear_spec(config: RazorConfig, x: Tensor) -> PackSpec:
@@ -110,8 +109,7 @@ def linear_spec(config: RazorConfig, x: Tensor) -> PackSpec:
 
 def norm_spec(config: RazorConfig, row_dims: int = 1) -> PackSpec:
     """How norms pack what they store."""
-    bits = _bits(config, config.norm_bits)
-    return PackSpec(config.sparsity, config.granularity, bits, config.value_dtype, row_dims=row_dims)
+    return _spec(config, config.norm_bits, row_dims)
 
 
 def map_norm_spec(config: RazorConfig, spatial: int) -> PackSpec:
@@ -125,7 +123,7 @@ def map_norm_spec(config: RazorConfig, spatial: int) -> PackSpec:
 
 def product_spec(config: RazorConfig) -> PackSpec:
     """How the factors of a gated MLP's product are packed."""
-    return PackSpec(config.sparsity, config.granularity, _bits(config, config.activation_bits), config.value_dtype)
+    return _spec(config, config.activation_bits)
 
 
 def whole_shape(weight: Tensor) -> torch.Size:
@@ -141,9 +139,10 @@ def describe(spec: PackSpec) -> str:
     return f"razor={100 * (1 - spec.sparsity):.3g}% of each {spec.granularity} exact{residual}"
 
 
-def _bits(config: RazorConfig, bits: int) -> int:
+def _spec(config: RazorConfig, bits: int, row_dims: int = 1) -> PackSpec:
     # With everything kept exactly there is nothing left to code.
-    return bits if config.sparsity else 0
+    bits = bits if config.sparsity else 0
+    return PackSpec(config.sparsity, config.granularity, bits, config.value_dtype, row_dims=row_dims)
 
 
 @cache

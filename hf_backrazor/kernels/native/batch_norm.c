@@ -11,7 +11,8 @@ static int keeps_channel(const batch_norm_args *a) { return a->batch * a->x_hat.
 
 /* The gradient's row that is read soon: channels are read one after the other, and of each a row for each sample. */
 INLINED const float *coming_row(const batch_norm_args *a, int64_t channel, int64_t sample) {
-    const int64_t place = smaller(channel * a->batch + sample + 1 + FETCH_AHEAD / (4 * a->x_hat.n), a->batch * a->channels - 1);
+    const int64_t ahead = 1 + FETCH_AHEAD / (4 * a->x_hat.n);
+    const int64_t place = smaller(channel * a->batch + sample + ahead, a->batch * a->channels - 1);
     return a->grad + (place % a->batch * a->channels + place / a->batch) * a->x_hat.n;
 }
 
@@ -41,11 +42,12 @@ INLINED void mask_row(const batch_norm_args *a, int64_t row, float *restrict out
 /* `x` has room for a row, or for all rows of a channel if these stay. */
 CLONED static void channel_gradients(const batch_norm_args *a, int64_t first, int64_t last, float *x) {
     const int64_t n = a->x_hat.n, whole = n / LANES * LANES, stride = keeps_channel(a) ? n : 0;
+    const float *source = a->mask ? a->grad_input : a->grad; /* masked rows lie where dX will be */
     for (int64_t channel = first; channel < last; channel++) {
         double sum = 0, product = 0;
         for (int64_t sample = 0; sample < a->batch; sample++) {
             const int64_t row = sample * a->channels + channel;
-            const float *grad = a->mask ? a->grad_input + row * n : a->grad + row * n;
+            const float *grad = source + row * n;
             float *restrict x_hat = x + sample * stride;
             float sums[LANES] = {0}, products[LANES] = {0};
             const float *coming = coming_row(a, channel, sample);
@@ -71,7 +73,7 @@ CLONED static void channel_gradients(const batch_norm_args *a, int64_t first, in
         for (int64_t sample = 0; sample < a->batch; sample++) {
             const int64_t row = sample * a->channels + channel;
             float *out = a->grad_input + row * n;
-            const float *grad = a->mask ? out : a->grad + row * n;
+            const float *grad = source + row * n;
             float *restrict x_hat = x + sample * stride;
             if (a->by_batch) {
                 if (!stride) unpack_row(&a->x_hat, row, x_hat);

@@ -19,6 +19,9 @@ typedef struct {
     int avx512; /* whether the processor has it */
 } scratch;
 
+/* No magnitude reaches this. */
+#define ABOVE_ALL 0x80000000u
+
 INLINED uint32_t magnitude(float x) { return bits_of(x) & 0x7fffffffu; }
 
 /* Magnitudes as integers: their order is that of the numbers, with NaN above infinity. Of a set, up to full portions. */
@@ -33,21 +36,12 @@ INLINED int64_t count_at_least(const float *restrict x, int64_t n, uint32_t boun
     return total;
 }
 
-/* The greatest magnitude below a limit, or zero. */
-INLINED uint32_t greatest_below(const float *restrict x, int64_t n, uint32_t limit) {
+/* The greatest magnitude that is not above `most`, or zero. */
+INLINED uint32_t greatest_up_to(const float *restrict x, int64_t n, uint32_t most) {
     int32_t greatest = 0;
     for (int64_t i = 0; i < padded(n); i++) {
-        const int32_t m = (int32_t)magnitude(x[i]), below = m < (int32_t)limit ? m : 0;
-        greatest = below > greatest ? below : greatest;
-    }
-    return (uint32_t)greatest;
-}
-
-INLINED uint32_t greatest_magnitude(const float *restrict x, int64_t n) {
-    int32_t greatest = 0;
-    for (int64_t i = 0; i < padded(n); i++) {
-        const int32_t m = (int32_t)magnitude(x[i]);
-        greatest = m > greatest ? m : greatest;
+        const int32_t m = (int32_t)magnitude(x[i]), counted = m <= (int32_t)most ? m : 0;
+        greatest = counted > greatest ? counted : greatest;
     }
     return (uint32_t)greatest;
 }
@@ -67,14 +61,14 @@ INLINED float root_mean_square(const float *restrict x, int64_t n) {
  * at `*ratio` times the root mean square, and leaves the ratio that it ends at. */
 INLINED uint32_t find_bound(const float *restrict x, int64_t n, int64_t k, float *ratio) {
     if (k <= FEW) {
-        uint32_t few = greatest_magnitude(x, n);
-        if (k > 1) {
-            while (count_at_least(x, n, few) < k) few = greatest_below(x, n, few);
-        }
-        return few;
+        uint32_t greatest = ABOVE_ALL;
+        do {
+            greatest = greatest_up_to(x, n, greatest - 1);
+        } while (k > 1 && count_at_least(x, n, greatest) < k);
+        return greatest;
     }
     const float rms = root_mean_square(x, n);
-    uint32_t low = 0, high = 0x80000000u, bound = magnitude(rms * *ratio), step = 1u << 18;
+    uint32_t low = 0, high = ABOVE_ALL, bound = magnitude(rms * *ratio), step = 1u << 18;
     while (high - low > 1) {
         int64_t count = count_at_least(x, n, bound);
         if (count >= k) {
@@ -84,7 +78,7 @@ INLINED uint32_t find_bound(const float *restrict x, int64_t n, int64_t k, float
             high = bound;
         }
         /* In growing steps until a bound lies on either side, then by halves. */
-        if (high == 0x80000000u) {
+        if (high == ABOVE_ALL) {
             bound = high - low > step ? low + step : low + (high - low) / 2;
         } else if (low == 0) {
             bound = high > step ? high - step : high / 2;
@@ -148,12 +142,12 @@ INLINED void keep_greatest(int64_t count, int64_t k, uint32_t low, const scratch
             high = bound, reach_high = reach;
         }
     }
-    int64_t vacant = reach_low == k ? k : k - reach_high;
-    if (reach_low == k) high = low;
+    if (reach_low == k) high = low, reach_high = k;
+    int64_t vacant = k - reach_high; /* for magnitudes of `low` */
     for (int64_t i = 0; i < count && kept < k; i++) {
         /* Without branches: which way they go is as good as random. */
         const uint32_t m = magnitudes[i];
-        const int64_t equal = m == low && m < high && vacant > 0;
+        const int64_t equal = m == low && vacant > 0;
         s->places[kept] = s->places[i];
         vacant -= equal;
         kept += m >= high || equal;
@@ -260,7 +254,7 @@ INLINED void emit_codes(const pack_args *a, int64_t set, const scratch *s) {
     float scale, thresholds[7];
     for (int64_t j = 0; j < a->k; j++) s->x[s->places[j]] = 0.0f;
     if (a->even) {
-        scale = float_of(greatest_magnitude(s->x, n));
+        scale = float_of(greatest_up_to(s->x, n, ABOVE_ALL - 1));
     } else {
         scale = (float)sqrt(sum_of_squares(s->x, n) / (double)(n - a->k));
     }
@@ -276,16 +270,18 @@ INLINED int64_t offset_of(const pack_args *a, int64_t set) {
     return outer * a->strides[0] + middle * a->strides[1] + inner * a->strides[2];
 }
 
+INLINED int64_t bytes_of(int64_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
+
 /* A set that is read soon, but no earlier than memory takes to bring it. */
 INLINED const char *coming_set(const pack_args *a, int64_t set) {
-    const int64_t sets = a->sizes[0] * a->sizes[1] * a->sizes[2], bytes = a->x_dtype == FLOAT32 ? 4 : 2;
+    const int64_t sets = a->sizes[0] * a->sizes[1] * a->sizes[2], bytes = bytes_of(a->x_dtype);
     const int64_t coming = set + 1 + FETCH_AHEAD / (a->n * bytes);
     return (const char *)a->x + offset_of(a, smaller(coming, sets - 1)) * bytes;
 }
 
 INLINED void load_set(const pack_args *a, int64_t set, float *restrict to) {
     const char *coming = coming_set(a, set);
-    const int64_t n = a->n, offset = offset_of(a, set);
+    const int64_t n = a->n, offset = offset_of(a, set), bytes = bytes_of(a->x_dtype);
     const float mean = a->mean ? a->mean[set] : 0.0f, rstd = a->rstd ? a->rstd[set] : 1.0f;
     const uint16_t *centre = a->centre ? a->centre + set / a->group * n : NULL;
     /* What torch would round, when it had computed it. */
@@ -293,7 +289,7 @@ INLINED void load_set(const pack_args *a, int64_t set, float *restrict to) {
     for (int64_t start = 0; start < n; start += PORTION) {
         float x[PORTION];
         const int64_t count = smaller(PORTION, n - start);
-        for (int i = 0; i < PORTION * 4; i += LINE) PREFETCH(coming + start * 4 + i);
+        for (int64_t i = 0; i < PORTION * bytes; i += LINE) PREFETCH(coming + start * bytes + i);
         load_portion(a->x, a->x_dtype, offset + start, count, x);
         for (int i = 0; i < PORTION; i++) x[i] = (x[i] - mean) * rstd;
         if (centre) {
