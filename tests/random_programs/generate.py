@@ -42,7 +42,10 @@ _WRAPPERS = {
     "no_grad": (1, "with torch.no_grad():\n    x = self.NAME(x)"),
     "input detached": (1, "x = self.NAME(x.detach())"),
     "saved on CPU": (2, "with save_on_cpu():\n    x = self.NAME(x)"),
-    "saved-tensor hooks": (2, "with saved_tensors_hooks(lambda t: t.numpy(), torch.from_numpy):\n    x = self.NAME(x)"),
+    "saved-tensor hooks": (
+        2,
+        "with saved_tensors_hooks(lambda t: [t.clone()], lambda kept: kept[0]):\n    x = self.NAME(x)",
+    ),
     "gated by a block": (1, "x = x * self.NAME(x).sigmoid()"),
     "gate of a block": (1, "x = F.silu(x) * self.NAME(x)"),
     "two branches": (1, "x = torch.cat([self.NAME(x), self.NAME(2 * x)])"),
@@ -126,8 +129,10 @@ def _statement(scope: _Scope, depth: int) -> Statement | None:
         name = scope.name("m")
         run, init = f"x = self.{name}(x)", f"self.{name} = {maker}"
         if feature == "activation" or "inplace=True" in maker:
-            feature = maker.replace('ACT2FN["', "ACT2FN ").replace('"]', "") if feature == "activation" else (
-                f"{feature}, in place"
+            feature = (
+                maker.replace('ACT2FN["', "ACT2FN ").replace('"]', "")
+                if feature == "activation"
+                else (f"{feature}, in place")
             )
         elif rng.random() < 0.04:
             feature, run = "layer called twice", f"x = self.{name}(x) + self.{name}(2 * x)"
@@ -218,7 +223,7 @@ def _changes(rng: Random, model: nn.Module) -> tuple[list[str], list[str], list[
     features: list[str] = []
     modules = {name: module for name, module in model.named_modules() if name}
     layers = {name: module for name, module in modules.items() if not list(module.children())}
-    weights = {name: p for name, p in model.named_parameters()}
+    weights = dict(model.named_parameters())
 
     def add(feature: str, line: str, late: bool = False) -> None:
         features.append(f"{feature}, after razor" if late else feature)

@@ -51,8 +51,10 @@ def functional(rng: Random, x: Tensor) -> Lines | None:
         ("x = F.linear(x, self.NAME.tanh())", _parameter("NAME", out, width)),
         ("x = x @ self.NAME", _parameter("NAME", width, out)),
         ("x = F.layer_norm(x, x.shape[-1:])", ""),
-        ("x = F.layer_norm(x, x.shape[-1:], self.NAME, self.NAMEb)",
-         f"{_parameter('NAME', width)}\n{_parameter('NAMEb', width)}"),
+        (
+            "x = F.layer_norm(x, x.shape[-1:], self.NAME, self.NAMEb)",
+            f"{_parameter('NAME', width)}\n{_parameter('NAMEb', width)}",
+        ),
         ("x = F.layer_norm(x, x.shape[-1:], weight=self.NAME)", _parameter("NAME", width)),
         ("x = F.rms_norm(x, x.shape[-1:], self.NAME)", _parameter("NAME", width)),
         ("x = x * self.NAME", _parameter("NAME", width)),
@@ -66,8 +68,10 @@ def functional(rng: Random, x: Tensor) -> Lines | None:
         choices += [
             ("x = F.scaled_dot_product_attention(x, x, x)", ""),
             ("x = x * self.NAME[:, None]", _parameter("NAME", x.shape[-2])),
-            ("x = F.group_norm(x, 1, self.NAME, self.NAMEb)",
-             f"{_parameter('NAME', channels)}\n{_parameter('NAMEb', channels)}"),
+            (
+                "x = F.group_norm(x, 1, self.NAME, self.NAMEb)",
+                f"{_parameter('NAME', channels)}\n{_parameter('NAMEb', channels)}",
+            ),
             ("x = F.group_norm(x, 1)", ""),
             ("x = F.instance_norm(x)", ""),
             ("x = F.batch_norm(x, None, None, training=True)", ""),
@@ -83,12 +87,20 @@ def functional(rng: Random, x: Tensor) -> Lines | None:
         padding = rng.choice(("", ", padding=1", ', padding="same"', ", stride=2", ", padding=2, dilation=2"))
         choices += 3 * [
             (f"x = F.conv{spatial}d(x, self.NAME{padding})", _parameter("NAME", 3, channels, *kernels)),
-            (f"x = F.conv{spatial}d(x, self.NAME, self.NAMEb{padding})",
-             f"{_parameter('NAME', 3, channels, *kernels)}\n{_parameter('NAMEb', 3)}"),
+            (
+                f"x = F.conv{spatial}d(x, self.NAME, self.NAMEb{padding})",
+                f"{_parameter('NAME', 3, channels, *kernels)}\n{_parameter('NAMEb', 3)}",
+            ),
             (f"x = F.conv{spatial}d(x, self.NAME, groups={channels})", _parameter("NAME", channels, 1, *kernels)),
             (f"x = F.conv_transpose{spatial}d(x, self.NAME)", _parameter("NAME", channels, 2, *kernels)),
-            (f"x = F.max_pool{spatial}d(x, 2{rng.choice(('', ', 1', ', stride=1, padding=1', ', ceil_mode=True'))})", ""),
-            (f"x = F.avg_pool{spatial}d(x, 2{rng.choice(('', ', 1', ', stride=1, padding=1', ', ceil_mode=True'))})", ""),
+            (
+                f"x = F.max_pool{spatial}d(x, 2{rng.choice(('', ', 1', ', stride=1, padding=1', ', ceil_mode=True'))})",
+                "",
+            ),
+            (
+                f"x = F.avg_pool{spatial}d(x, 2{rng.choice(('', ', 1', ', stride=1, padding=1', ', ceil_mode=True'))})",
+                "",
+            ),
             (f"x = F.adaptive_avg_pool{spatial}d(x, {rng.choice((1, 2, 3))})", ""),
         ]
     if spatial == 2:
@@ -108,14 +120,34 @@ def view(rng: Random, x: Tensor) -> Lines | None:
     choices = ["x.contiguous()", "x.clone()", "x[..., ::2]", "x.flatten(1)", "x[:, 1:]", "x.unsqueeze(1)", "x[..., :3]"]
     choices += ["x.view(-1, x.shape[-1])", "x.reshape(-1, x.shape[-1])", "x.view_as(x)", "x.flip(-1)", "x[:]", "x.mT"]
     choices += ["torch.cat([x, 2 * x], -1)", "x.chunk(2, -1)[0]", "x.roll(1, -1)", "x.expand(2, *x.shape)[0]"]
-    choices += ["x.unsqueeze(-2).expand(*x.shape[:-1], 2, x.shape[-1])", "x.repeat_interleave(2, 0)", "torch.stack([x, x])"]
+    choices += [
+        "x.unsqueeze(-2).expand(*x.shape[:-1], 2, x.shape[-1])",
+        "x.repeat_interleave(2, 0)",
+        "torch.stack([x, x])",
+    ]
     if x.dim() >= 2:
-        choices += ["x.transpose(0, 1)", "x.transpose(-1, -2).contiguous().transpose(-1, -2)", "x.mean(-1, keepdim=True)"]
+        choices += [
+            "x.transpose(0, 1)",
+            "x.transpose(-1, -2).contiguous().transpose(-1, -2)",
+            "x.mean(-1, keepdim=True)",
+        ]
     if x.dim() >= 3:
         order = list(range(1, x.dim()))
         rng.shuffle(order)
-        choices += 2 * ["x[:, 0]", "x.transpose(1, 2)", "x.unbind(1)[0]", "x.mean(1)", "x.flatten(1, 2)", "x.flatten(2)"]
-        choices += 2 * ["x.split(2, 1)[0]", f"x.permute(0, {', '.join(map(str, order))})", "x.amax(1)", "x.flatten()[None]"]
+        choices += 2 * [
+            "x[:, 0]",
+            "x.transpose(1, 2)",
+            "x.unbind(1)[0]",
+            "x.mean(1)",
+            "x.flatten(1, 2)",
+            "x.flatten(2)",
+        ]
+        choices += 2 * [
+            "x.split(2, 1)[0]",
+            f"x.permute(0, {', '.join(map(str, order))})",
+            "x.amax(1)",
+            "x.flatten()[None]",
+        ]
     if x.dim() == 4:
         choices += 3 * ["x.to(memory_format=torch.channels_last)", "x.flatten(2).transpose(1, 2)", "x.mean((2, 3))"]
     for dim in range(1, x.dim()):
@@ -145,7 +177,14 @@ def gate(rng: Random, x: Tensor) -> Lines | None:
 
 def in_place(rng: Random, x: Tensor) -> Lines | None:
     """A change of `x` where it lies."""
-    choices = ["x.add_(0.1)", "x.mul_(0.5)", "x.relu_()", "x.clamp_(min=-0.1)", "x.masked_fill_(x < 0, 0.0)", "x.neg_()"]
+    choices = [
+        "x.add_(0.1)",
+        "x.mul_(0.5)",
+        "x.relu_()",
+        "x.clamp_(min=-0.1)",
+        "x.masked_fill_(x < 0, 0.0)",
+        "x.neg_()",
+    ]
     choices += ["x[:, 0] = 0", "x[..., 0] += 1", "x.sigmoid_()", "x.tanh_()", "x += 1", "x *= 2", "x[..., -1].mul_(3)"]
     choices += ["x.view(-1)[0] = 0", "F.relu_(x)", "x.copy_(x.detach() * 2)", "x.zero_()", "x /= 2", "x.sub_(x.mean())"]
     choices += ["with torch.no_grad():\n    x.mul_(0.5)", "x.squeeze_()", "x.unsqueeze_(1)", "x.exp_()"]
@@ -155,7 +194,13 @@ def in_place(rng: Random, x: Tensor) -> Lines | None:
 def with_saved(rng: Random, x: Tensor) -> Lines | None:
     """`x` together with what it was before."""
     choices = ["x = x + SAVED", "x = x + SAVED", "x += SAVED", "x = x * SAVED", "x = torch.cat([x, SAVED], -1)"]
-    choices += ["x = SAVED - x", "SAVED += x\nx = SAVED", "x = torch.sigmoid(x) * SAVED", "x = SAVED + 0", "SAVED.add_(1)"]
+    choices += [
+        "x = SAVED - x",
+        "SAVED += x\nx = SAVED",
+        "x = torch.sigmoid(x) * SAVED",
+        "x = SAVED + 0",
+        "SAVED.add_(1)",
+    ]
     choices += ["x = F.gelu(SAVED) * x", "x = x @ SAVED.transpose(-1, -2)", "x = torch.addcmul(x, SAVED, SAVED)"]
     choices += ["SAVED.mul_(0.5)", "x = torch.where(SAVED > 0, x, SAVED)"]
     return rng.choice(choices), ""

@@ -141,7 +141,7 @@ def _pooling(rng: Random, x: Tensor) -> str | None:
             f"nn.AvgPool{dims}d({kernel}{options}{', divisor_override=3' if dims > 1 else ''})",
             f"nn.AdaptiveAvgPool{dims}d({out})",
             f"nn.AdaptiveMaxPool{dims}d({out})",
-            f"nn.LPPool2d(2, 2)" if dims == 2 else f"nn.AvgPool{dims}d(2)",
+            "nn.LPPool2d(2, 2)" if dims == 2 else f"nn.AvgPool{dims}d(2)",
         )
     )
 
@@ -170,7 +170,9 @@ def _activation(rng: Random, x: Tensor) -> str:
 def _upsampling(rng: Random, x: Tensor) -> str | None:
     if x.dim() != 4:
         return None
-    return rng.choice(('nn.Upsample(scale_factor=2)', 'nn.Upsample(size=(5, 6), mode="bilinear")', "nn.PixelShuffle(2)"))
+    return rng.choice(
+        ("nn.Upsample(scale_factor=2)", 'nn.Upsample(size=(5, 6), mode="bilinear")', "nn.PixelShuffle(2)")
+    )
 
 
 def _transformer(rng: Random, x: Tensor) -> str | None:

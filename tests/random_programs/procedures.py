@@ -66,10 +66,12 @@ def gradient_of_hidden(model: nn.Module, x: Tensor, compute: Compute, record: Re
 
 def two_steps(model: nn.Module, x: Tensor, compute: Compute, record: Record) -> None:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    for _ in range(2):
-        optimizer.zero_grad()
-        compute(model, x, record).backward()
-        optimizer.step()
+    compute(model, x, record).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    # What follows depends on gradients.
+    compute(model, x, lambda name, value: record(f"gradient stepped: {name}", value)).backward()
+    optimizer.step()
 
 
 def evaluated_between(model: nn.Module, x: Tensor, compute: Compute, record: Record) -> None:

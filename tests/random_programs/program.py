@@ -157,6 +157,10 @@ class Program:
     unload: bool
     features: frozenset[str]
 
+    def computes_in_float32(self) -> bool:
+        """Whether something in it rounds to float32, whatever the dtype of the model."""
+        return self.block is None or "Llama" in self.source()
+
     def source(self) -> str:
         """The code, up to what runs it."""
         dtype = SETTINGS[self.setting].dtype
@@ -211,8 +215,8 @@ def _namespace() -> dict[str, Any]:
         import torch.nn.functional as F
         import transformers
         from torch import nn
-        from torch.nn.utils import prune
         from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+        from torch.nn.utils import prune
         from torch.utils.checkpoint import checkpoint
         from transformers.activations import ACT2FN
         from transformers.models.llama.modeling_llama import LlamaRMSNorm

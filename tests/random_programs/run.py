@@ -54,6 +54,7 @@ def execute(
     program: Program,
     apply: Apply | None = None,
     noise: int = 0,
+    size: float = 0.0,
     saving: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Run:
     """Run a program.
@@ -61,19 +62,20 @@ def execute(
     Args:
         program: what to run.
         apply: what is done to the model; None: nothing, it is dense.
-        noise: if not 0, a seed: input and parameters are moved a little.
+        noise: if not 0, a seed: input and parameters are moved.
+        size: by how much, relative to theirs.
         saving: a context for the procedure.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _execute(program, program.build(), apply, noise, saving)
+        return _execute(program, program.build(), apply, (noise, size), saving)
 
 
 def _execute(
     program: Program,
     code: SimpleNamespace,
     apply: Apply | None,
-    noise: int,
+    noise: tuple[int, float],
     saving: Callable[[], AbstractContextManager],
 ) -> Run:
     run = Run()
@@ -96,8 +98,8 @@ def _execute(
             applied = True
         model = code.after(model)
         x = code.draw()
-        if noise:
-            _move(noise, setting.noise, model, x)
+        if noise[0]:
+            _move(*noise, model, x)
         x.requires_grad_(program.needs_grad)
         torch.manual_seed(program.seed + 1)
         with saving():
