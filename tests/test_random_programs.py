@@ -72,7 +72,9 @@ def test_every_setting_and_most_of_the_grammar_is_drawn() -> None:
 
 
 def test_a_program_runs_by_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    seed = next(s for s in range(2000, 2100) if (p := draw_program(s)).needs_grad and p.procedure == "plain" and p.block)
+    seed = next(
+        s for s in range(2000, 2100) if (p := draw_program(s)).needs_grad and p.procedure == "plain" and p.block
+    )
     script = draw_program(seed, "lossless").script().replace("tests.random_programs", "random_programs")
     exec(compile(script, "<program>", "exec"), {"__name__": "program"})
     assert "x tensor(" in capsys.readouterr().out

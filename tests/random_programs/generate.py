@@ -333,6 +333,8 @@ def _draw(rng: Random, seed: int, setting: str) -> Program:
     features += [f"input: {kind}"] + ["input requires gradient"] * needs_grad
     table = SECOND_ORDER if rng.random() < 0.06 else FIRST_ORDER
     procedure = rng.choices(list(table), list(table.values()))[0].__name__
+    if SETTINGS[setting].whole and procedure == "two_steps":  # the second starts elsewhere
+        procedure = "accumulated"
     unload = rng.random() < 0.08
     features += [f"procedure: {procedure}"] + ["unloaded"] * unload
     nothing = frozenset()

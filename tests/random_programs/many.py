@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 
 import torch
 import transformers
@@ -17,7 +20,8 @@ from .program import Program
 from .run import NothingToReplace
 from .shrink import shrink
 
-CHUNK = 100
+# Programs that a process runs: the classes that they make stay in razor's caches.
+CHUNK = 250
 
 
 @dataclass
@@ -27,7 +31,6 @@ class Outcome:
     seed: int
     features: frozenset[str]
     replaced: bool = True
-    error: str = ""
     first: Difference | None = None
     script: str = ""
     operators: str = ""
@@ -76,25 +79,56 @@ def _operators(program: Program) -> str:
     return ", ".join(dict.fromkeys(words))
 
 
-def _chunk(job: tuple[range, str | None, bool]) -> list[Outcome]:
-    seeds, setting, shrinks = job
-    return [look_at(seed, setting, shrinks) for seed in seeds]
-
-
 def quiet() -> None:
-    """One thread, and no log of Transformers."""
+    """One thread, and no log."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
+    logging.getLogger("hf_backrazor").setLevel(logging.ERROR)
+
+
+def _work(seeds: range, setting: str | None, shrinks: bool, results: Connection) -> None:
+    quiet()
+    for seed in seeds:
+        results.send(seed)
+        results.send(look_at(seed, setting, shrinks))
 
 
 def outcomes(first: int, programs: int, processes: int, setting: str | None, shrinks: bool) -> Iterator[Outcome]:
-    """Of `programs` seeds from `first` on, in any order."""
+    """Of `programs` seeds from `first` on, in any order; also of those that end the process that they run in."""
+    context = get_context("spawn")
     stop = first + programs
-    jobs = [(range(i, min(i + CHUNK, stop)), setting, shrinks) for i in range(first, stop, CHUNK)]
-    # Classes made by programs are kept by razor's caches: a process does not live forever.
-    with get_context("spawn").Pool(processes, quiet, maxtasksperchild=10) as pool:
-        for found in pool.imap_unordered(_chunk, jobs):
-            yield from found
+    waiting = [range(i, min(i + CHUNK, stop)) for i in range(first, stop, CHUNK)][::-1]
+    running: dict[Connection, tuple[BaseProcess, range]] = {}
+    at: dict[Connection, int] = {}
+    while waiting or running:
+        while waiting and len(running) < processes:
+            seeds = waiting.pop()
+            results, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_work, args=(seeds, setting, shrinks, sender), daemon=True)
+            process.start()
+            sender.close()
+            running[results], at[results] = (process, seeds), seeds.start
+        for results in wait(list(running)):
+            try:
+                message = results.recv()
+            except EOFError:
+                process, seeds = running.pop(results)
+                process.join()
+                if process.exitcode:
+                    seed = at[results]
+                    yield _died(seed, setting, process.exitcode)
+                    waiting += [range(seed + 1, seeds.stop)] * (seed + 1 < seeds.stop)
+                continue
+            if isinstance(message, int):
+                at[results] = message
+            else:
+                yield message
+
+
+def _died(seed: int, setting: str | None, code: int) -> Outcome:
+    program = draw_program(seed, setting)
+    first = Difference("the process ends", f"exit code {code}", "")
+    return Outcome(seed, program.features, True, first, program.script(), _operators(program))
 
 
 def summary(found: list[Outcome], seconds: float) -> str:
@@ -103,8 +137,8 @@ def summary(found: list[Outcome], seconds: float) -> str:
     lines = [
         f"# {len(found)} programs in {seconds:.0f} s",
         "",
-        f"{sum(not o.replaced for o in found)} had nothing to replace; {sum('raises' in o.features for o in found)} raise"
-        f" when dense; {len(failed)} failed.",
+        f"{sum(not o.replaced for o in found)} had nothing to replace; "
+        f"{sum('raises' in o.features for o in found)} raise when dense; {len(failed)} failed.",
         "",
     ]
     groups: dict[str, list[Outcome]] = defaultdict(list)

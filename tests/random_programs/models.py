@@ -49,7 +49,8 @@ _LANGUAGE_LOSSES = {
     "loss = -F.log_softmax(logits, -1).gather(-1, x[..., None]).mean()",
     "custom Function": "loss = function_loss(model(input_ids=x).logits)",
     "TorchScript": "loss = scripted_loss(model(input_ids=x).logits)",
-    "hidden states": "out = model(input_ids=x, output_hidden_states=True)\nloss = out.hidden_states[-1].square().mean()",
+    "hidden states": "out = model(input_ids=x, output_hidden_states=True)\n"
+    "loss = out.hidden_states[-1].square().mean()",
     "logits and hidden states": "out = model(input_ids=x, labels=x, output_hidden_states=True)\n"
     "loss = out.loss + out.logits.square().mean() + out.hidden_states[1].square().mean()",
     "logits read first": 'out = model(input_ids=x, labels=x)\nrecord("best", out.logits.argmax(-1))\nloss = out.loss',
@@ -66,7 +67,8 @@ _CLASS_LOSSES = {
     "weighted sum": "loss = weighted_sum(model(x).logits)",
     "label smoothing": "loss = class_loss(model(x).logits, label_smoothing=0.1)",
     "custom Function": "loss = function_loss(model(x).logits)",
-    "hidden states": "out = model(x, output_hidden_states=True)\nloss = sum(h.square().mean() for h in out.hidden_states)",
+    "hidden states": "out = model(x, output_hidden_states=True)\n"
+    "loss = sum(h.square().mean() for h in out.hidden_states)",
 }
 _MAP_LOSSES = {
     "its own": "labels = torch.arange(x[:, 0].numel()).remainder(4).view(x[:, 0].shape)\n"
@@ -98,9 +100,8 @@ def draw_model(rng: Random) -> tuple[str, str, str, tuple[str, ...], list[str]]:
     config = config.replace("=P", f"={dropout}").replace("KIND", f'"{rng.choice(("basic", "bottleneck"))}"')
     config = ", ".join(f"transformers.{part}" if part.split("(")[0].endswith("Config") else part
                        for part in [config])  # fmt: skip
-    attention = rng.choice(("sdpa", "eager")) if "ResNet" not in name and "Conv" not in name else "eager"
-    if name.startswith(("MobileNet", "Segformer")):
-        attention = "eager"
+    knows_sdpa = not name.startswith(("ResNet", "ConvNext", "MobileNet", "Segformer", "Gemma2"))
+    attention = rng.choice(("sdpa", "eager")) if knows_sdpa else "eager"
     loss = rng.choice(list(losses))
     labels = "2" if name.startswith("Bert") else "5"
     model = f'transformers.{name}._from_config({config}, attn_implementation="{attention}")'

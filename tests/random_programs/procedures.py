@@ -76,10 +76,12 @@ def two_steps(model: nn.Module, x: Tensor, compute: Compute, record: Record) -> 
 
 def evaluated_between(model: nn.Module, x: Tensor, compute: Compute, record: Record) -> None:
     loss = compute(model, x, record)
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     with torch.no_grad():
         record("evaluated", compute(model, x.detach().clone(), record))
-    model.train()
+    for module, training in modes.items():
+        module.training = training
     loss.backward()
 
 

@@ -178,10 +178,11 @@ class Program:
 
     def script(self) -> str:
         """Code that runs by itself and prints how gradients differ."""
+        config = SETTINGS[self.setting].config
         return (
             f"{IMPORTS}\n\n{self.source()}\n\n"
             f"def run(razor):\n    torch.manual_seed({self.seed})\n    model = make().train()\n"
-            f"    if razor:\n        get_razor_model(model, {SETTINGS[self.setting].config})\n    model = after(model)\n"
+            f"    if razor:\n        get_razor_model(model, {config})\n    model = after(model)\n"
             f"    x = draw(){'.requires_grad_()' if self.needs_grad else ''}\n"
             f"    torch.manual_seed({self.seed + 1})\n"
             f"    {self.procedure}(model, x, compute, lambda name, tensor: None)\n"

@@ -107,7 +107,9 @@ def _execute(
             if program.unload:
                 if apply is not None and hasattr(model, "unload"):
                     model.unload()
-                code.compute(model, x, record).backward()
+                # After a step of the optimizer, what follows depends on gradients.
+                stepped = "gradient after unloading: " * (program.procedure == "two_steps")
+                code.compute(model, x, lambda name, value: record(stepped + name, value)).backward()
     except NothingToReplace:
         raise
     except Exception as error:
