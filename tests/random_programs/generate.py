@@ -77,6 +77,7 @@ class _Scope:
         self.count = 0
         self.saved: list[str] = []
         self.names: dict[str, Any] = {}
+        self.last = ""
 
     def name(self, prefix: str) -> str:
         self.count += 1
@@ -123,6 +124,9 @@ def _statement(scope: _Scope, depth: int) -> Statement | None:
         feature, run, init = "kept for later", f"{name} = x", ""
     elif draw < 0.62:
         feature = _weighted(rng, LAYERS, 1)
+        if scope.last.endswith("Norm") or "Dropout" in scope.last or "nn." in scope.last or "ACT2FN" in scope.last:
+            # What reads the copy of a norm or an activation function is drawn more often behind one.
+            feature = rng.choice((feature, feature, "Linear", "Conv", "Dropout"))
         maker = LAYERS[feature][0](rng, x)
         if maker is None:
             return None
@@ -145,6 +149,7 @@ def _statement(scope: _Scope, depth: int) -> Statement | None:
         run, init = (text.replace("NAME", name) for text in lines)
         feature = f"{feature}: {lines[0].splitlines()[0]}" if feature != "view" else feature
     if scope.tries(run, init) or (rng.random() < 0.003 and "r" not in run[:1]):
+        scope.last = feature
         return Statement(feature, run, init, shape=shape)
     if run.endswith("= x"):
         scope.saved.remove(run.split()[0])
@@ -200,7 +205,16 @@ def _input(rng: Random) -> tuple[str, Tensor, str, list[Statement]]:
     if kind == "ids":
         return kind, torch.zeros(shape, dtype=torch.long), f"torch.randint(11, {shape})", []
     scale = rng.choice(("", "", "", "", " * 3", " * 0.1"))
-    return kind, torch.randn(shape), f"torch.randn({shape}, dtype=DTYPE){scale}", []
+    code = f"torch.randn({shape}, dtype=DTYPE){scale}"
+    if rng.random() < 0.15:
+        kind += ", not contiguous"
+        wide, turned = (*shape[:-1], 2 * shape[-1]), (*shape[:-2], shape[-1], shape[-2])
+        code = rng.choice(
+            (f"torch.randn({wide}, dtype=DTYPE)[..., ::2]", f"torch.randn({turned}, dtype=DTYPE).mT")
+            + (f"torch.randn({(1, *shape[1:])}, dtype=DTYPE).expand({', '.join(map(str, shape))})",)
+            + ((f"({code}).to(memory_format=torch.channels_last)",) * 3 if len(shape) == 4 else ())
+        )
+    return kind, torch.randn(shape), code, []
 
 
 def _embedding(scope: _Scope) -> Statement:
@@ -212,7 +226,7 @@ def _embedding(scope: _Scope) -> Statement:
 
 def _setting(rng: Random) -> str:
     weights = {"lossless": 36, "all kept": 7, "x_hat": 8, "origins": 15, "near": 12, "balanced": 9, "fast": 2}
-    weights |= {"paper": 6, "autocast": 5}
+    weights |= {"paper": 6, "autocast": 5, "small ones dense": 4}
     return rng.choices(list(weights), list(weights.values()))[0]
 
 

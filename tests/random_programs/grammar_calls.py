@@ -34,7 +34,8 @@ def functional(rng: Random, x: Tensor) -> Lines | None:
         (f"x = F.mish(x{inplace})", ""),
         (f"x = F.hardswish(x{inplace})", ""),
         (f"x = F.hardsigmoid(x{inplace})", ""),
-        (f"x = F.leaky_relu(x, {rng.choice((0.1, 1.5, -0.3))}{inplace})", ""),
+        (f"x = F.leaky_relu(x, {rng.choice((0.1, 1.5))}{inplace})", ""),
+        ("x = F.leaky_relu(x, -0.3)", ""),
         (f"x = F.elu(x{inplace})", ""),
         ("x = torch.tanh(x)", ""),
         ("x = torch.sigmoid(x)", ""),
@@ -216,5 +217,7 @@ def observer(rng: Random, x: Tensor) -> Lines | None:
             ("self.kept = [x]", "self.kept = []"),
             ("if x.requires_grad:\n    x.register_hook(lambda grad: grad.clamp(-1, 1))", ""),
             ("x = x + x.detach()", ""),
+            ("x = Doubled.apply(x)", ""),
+            ("x = Doubled.apply(x)", ""),
         )
     )

@@ -97,6 +97,25 @@ def copied(model: nn.Module, x: Tensor, compute: Compute, record: Record) -> Non
         record(f"copy's gradient of {name}", parameter.grad)
 
 
+def called_with_parameters(model: nn.Module, x: Tensor, compute: Compute, record: Record) -> None:
+    parameters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(model, parameters, args, kwargs)
+
+    compute(call, x, record).backward()
+    for name, parameter in parameters.items():
+        record(f"gradient of {name}", parameter.grad)
+
+
+def frozen_between(model: nn.Module, x: Tensor, compute: Compute, record: Record) -> None:
+    first = next((p for p in model.parameters() if p.requires_grad), None)
+    compute(model, x, record).backward()
+    if first is not None:
+        first.requires_grad_(False)
+    compute(model, x, record).backward()
+
+
 def input_penalty(model: nn.Module, x: Tensor, compute: Compute, record: Record) -> None:
     x = x if x.requires_grad else x.detach().requires_grad_()
     loss = compute(model, x, record)
@@ -133,6 +152,8 @@ FIRST_ORDER = {
     evaluated_between: 2,
     gradients_in_eval_mode: 2,
     copied: 2,
+    called_with_parameters: 1,
+    frozen_between: 1,
 }
 SECOND_ORDER = {input_penalty: 2, parameter_penalty: 2, hessian_vector: 2}
 PROCEDURES = {procedure.__name__: procedure for procedure in (*FIRST_ORDER, *SECOND_ORDER)}

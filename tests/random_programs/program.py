@@ -100,6 +100,7 @@ SETTINGS = {
     "lossless": Setting('RazorConfig.preset("lossless")'),
     "all kept": Setting('RazorConfig.preset("paper", sparsity=0.0, value_dtype="auto", activation_bits=32)'),
     "x_hat": Setting("RazorConfig(sparsity=0.0, qkv_bits=32, activation_bits=32)"),
+    "small ones dense": Setting('RazorConfig.preset("lossless", min_numel=40)'),
     # Codes for a millionth of the elements, which is none: norms, activation functions and paddings serve as origins
     # of what stands behind them, and yet every value has 24 bits.
     "origins": Setting(
