@@ -16,13 +16,13 @@ from math import inf
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
+from ..compat import hooks_off
 from ..packing import Cells, Packed, PackSpec, Steps, encode_cells, pack, pack_steps, times_steps
 from ..packing.cells import FINE
-from .batch_norm import takes_masks
+from .differentiation import once_differentiable, restored, saved_parts, twice_differentiable
 from .layouts import CellLayout, ChannelAffineLayout, RectifiedLayout
-from .masked_gradient import MaskedGradient
 from .precision import current_autocast
 from .sharing import note_origin, origin_of
 
@@ -44,12 +44,14 @@ class ActivationRule:
         reach: its derivative hardly changes below `-reach` and above `reach`.
         steps: for a derivative of two values. One bit an element then holds it exactly.
         top: where the function is max(x, 0), the most that it becomes (infinite for ReLU); None for any other.
+        derivative_of_output: the derivative, from the function's output, where autograd saves that and not the input.
     """
 
     value: Callable[[Tensor], Tensor]
     reach: float = 4.0
     steps: Steps | None = None
     top: float | None = None
+    derivative_of_output: Callable[[Tensor], Tensor] | None = None
 
 
 @cache
@@ -116,8 +118,8 @@ def activation(
         forward: the activation function; its result is returned as it is.
         rule: what is known of it.
         bits: 2, 3, 4, 8: the input in so many bits. 16: the input in half precision (float16 for wider tensors). 32:
-            the input as it is. A derivative of two values always takes one bit. Without a rule, fewer bits than 16
-            are read as 16.
+            the input as it is, or the output where autograd keeps that. A derivative of two values always takes one
+            bit. Without a rule, fewer bits than 16 are read as 16.
         parameters: learnable parameters that `forward` reads. They need autograd, so no rule is used for them.
         inplace: `forward` writes its result to `x`, and returns that.
     """
@@ -182,38 +184,55 @@ class _Activation(torch.autograd.Function):
         inplace: bool,
         *parameters: Tensor,
     ) -> Tensor:
-        ctx.rule, ctx.function = rule, forward if rule is None else rule.value
-        if rule is not None and rule.steps is not None:
-            ctx.returns_mask = rule.steps.masks and not inplace and takes_masks(x)
-            stored = pack_steps(x, rule.steps)
-        else:
-            packed = pack(x, PackSpec(value_dtype="auto" if bits == 32 else "float16"))
-            ctx.layout = packed.layout
-            ctx.autocast = current_autocast(x.device.type)
-            (stored,) = packed.parts
-            if inplace and ctx.layout.whole:  # what is stored is `x` itself
-                stored = stored.clone()
-        ctx.save_for_backward(stored, *parameters)
+        ctx.rule, ctx.inplace = rule, inplace
+        ctx.function = forward if rule is None else rule.value
         if inplace:
             ctx.mark_dirty(x)
+        if rule is not None and rule.steps is not None:
+            ctx.save_for_backward(pack_steps(x, rule.steps))
+            return forward(x)
+        if bits == 32 and rule is not None and rule.derivative_of_output is not None:
+            y = forward(x)
+            ctx.layout = None
+            ctx.save_for_backward(y)
+            return y
+        packed = pack(x, PackSpec(value_dtype="auto" if bits == 32 else "float16"))
+        ctx.layout = packed.layout
+        ctx.autocast = current_autocast(x.device.type)
+        stored = saved_parts(x, packed)
+        if inplace and ctx.layout.whole:  # what is stored is `x` itself
+            stored = (x.clone(),)
+        ctx.save_for_backward(*stored, *parameters)
         return forward(x)
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         stored, *parameters = ctx.saved_tensors
-        rule = ctx.rule
-        if rule is not None and rule.steps is not None:
-            if ctx.returns_mask and grad_output.is_contiguous():
-                return MaskedGradient(grad_output, stored), None, None, None, None
-            return times_steps(grad_output, stored, rule.steps), None, None, None, None
-        x = ctx.layout.unpack((stored,)).detach().requires_grad_()
+        others = (None,) * 4
+        if ctx.rule is not None and ctx.rule.steps is not None:
+            return _times_steps(grad_output, stored, ctx.rule.steps), *others
+        if ctx.layout is None:
+            return grad_output * ctx.rule.derivative_of_output(stored), *others
+        again = torch.is_grad_enabled()
+        x = restored(ctx.layout, (stored,)).view_as(stored) if again else ctx.layout.unpack((stored,)).detach()
+        x = x if x.requires_grad else x.requires_grad_()
         with torch.enable_grad(), ctx.autocast:
-            output = ctx.function(x)
+            # A function that works in place would write to a leaf, and to what is stored.
+            output = ctx.function(x.clone() if ctx.inplace and ctx.rule is None else x)
         wanted = [tensor for tensor in (x, *parameters) if tensor.requires_grad]
-        grads = iter(torch.autograd.grad(output, wanted, grad_output, allow_unused=True))
-        grad_input = next(grads)
-        return grad_input, None, None, None, None, *(next(grads) if p.requires_grad else None for p in parameters)
+        with hooks_off(parameters):
+            grads = torch.autograd.grad(output, wanted, grad_output, create_graph=again, allow_unused=True)
+        grads = iter(grads)
+        return next(grads), *others, *(next(grads) if p.requires_grad else None for p in parameters)
+
+
+def _times_steps(grad_output: Tensor, bits: Tensor, steps: Steps) -> Tensor:
+    if not torch.is_grad_enabled():
+        return times_steps(grad_output, bits, steps)
+    with torch.no_grad():
+        derivative = times_steps(torch.ones_like(grad_output), bits, steps)
+    return grad_output * derivative
 
 
 def _quick_gelu(x: Tensor) -> Tensor:
@@ -227,8 +246,8 @@ SILU = ActivationRule(F.silu, reach=8.0)
 MISH = ActivationRule(F.mish, reach=8.0)
 HARDSWISH = ActivationRule(F.hardswish)
 HARDSIGMOID = ActivationRule(F.hardsigmoid, steps=Steps(-3.0, 3.0, inside=1 / 6))
-TANH = ActivationRule(torch.tanh)
-SIGMOID = ActivationRule(torch.sigmoid, reach=8.0)
+TANH = ActivationRule(torch.tanh, derivative_of_output=lambda y: 1 - y * y)
+SIGMOID = ActivationRule(torch.sigmoid, reach=8.0, derivative_of_output=lambda y: y * (1 - y))
 RELU = ActivationRule(F.relu, steps=Steps(), top=inf)
 RELU6 = ActivationRule(F.relu6, steps=Steps(high=6.0), top=6.0)
 

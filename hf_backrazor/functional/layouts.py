@@ -28,10 +28,14 @@ from ..packing import (
 
 
 @dataclass(frozen=True)
-class AffineLayout(Layout):
-    """A norm's output gamma * x_hat + beta. Own parts: gamma and beta, `(columns,)`, each only if there is one."""
+class _AffineLayout(Layout):
+    """A norm's output gamma * x_hat + beta. Own parts: gamma and beta, each only if there is one.
 
-    x_hat: Layout
+    Its two kinds say what gamma and beta belong to, and neither is the other: what can be done with a number for each
+    column (to apply gamma to a weight's gradient, say) would be wrong with one for each row.
+    """
+
+    x_hat: SparseLayout
     has_gamma: bool
     has_beta: bool
 
@@ -46,6 +50,11 @@ class AffineLayout(Layout):
         return self.x_hat.dtype
 
     @property
+    def matrix(self) -> tuple[int, int]:
+        """See `Layout.matrix`."""
+        return self.x_hat.matrix
+
+    @property
     def sliceable(self) -> bool:
         """See `Layout.sliceable`."""
         return self.x_hat.sliceable
@@ -57,6 +66,10 @@ class AffineLayout(Layout):
         gamma = parts.pop() if self.has_gamma else None
         return parts, gamma, beta
 
+
+class ColumnAffineLayout(_AffineLayout):
+    """LayerNorm's or RMSNorm's output: gamma and beta are `(columns,)`, a number for each column."""
+
     def unpack_rows(self, parts: Sequence[Tensor], start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """See `Layout.unpack_rows`."""
         parts, gamma, beta = self.split(parts)
@@ -65,16 +78,11 @@ class AffineLayout(Layout):
         return x if beta is None else x + beta.to(dtype)
 
 
-@dataclass(frozen=True)
-class ChannelAffineLayout(AffineLayout):
-    """As `AffineLayout` for `(batch, channels, ...)` with a row for each channel: gamma and beta are `(channels,)`."""
+class ChannelAffineLayout(_AffineLayout):
+    """Batch, group or instance norm's output `(batch, channels, ...)`, with a row for each channel of each sample.
 
-    x_hat: SparseLayout
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """See `Layout.matrix`."""
-        return self.x_hat.matrix
+    Gamma and beta are `(channels,)`, so that a row has one number of each.
+    """
 
     def unpack_rows(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..packing import Packed, PackSpec, SparseLayout, pack, sparse_layout
-from .layouts import AffineLayout, ChannelAffineLayout, CorrectedLayout
+from .layouts import ChannelAffineLayout, ColumnAffineLayout, CorrectedLayout
 
 
 @dataclass
@@ -69,7 +69,7 @@ def note_affine(
     """
     # Copies: the consumer's backward may run while the norm's own parameters are sharded away (FSDP, ZeRO).
     scales = tuple(x.detach().clone() for x in (gamma, beta) if x is not None)
-    kind = ChannelAffineLayout if of_channels else AffineLayout
+    kind = ChannelAffineLayout if of_channels else ColumnAffineLayout
     note_origin(y, Packed(kind(x_hat, gamma is not None, beta is not None), (*parts, *scales)))
 
 

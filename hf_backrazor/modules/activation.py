@@ -86,14 +86,14 @@ class RazorActivation(RazorModule):
         rule = RULES[self.plain_class]
         return rule if rule is None or isinstance(rule, ActivationRule) else rule(self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As the plain module; saves `x`, in few bits or as it is."""
+    def forward(self, input: Tensor) -> Tensor:
+        """As the plain module; saves `input`, in few bits or as it is."""
         parameters = tuple(self.parameters())
-        active = self.razor_active(x, *parameters) and self.worth_packing(x)
+        active = self.razor_active(input, *parameters) and self.worth_packing(input)
         inplace = getattr(self, "inplace", False)
-        if not active or (inplace and x._is_view()):  # see `RazorDropout`
-            return super().forward(x)
-        return activation(x, super().forward, self.rule, self.razor_config.activation_bits, parameters, inplace)
+        if not active or (inplace and input._is_view()):  # see `RazorDropout`
+            return super().forward(input)
+        return activation(input, super().forward, self.rule, self.razor_config.activation_bits, parameters, inplace)
 
     def razor_repr(self) -> str:
         """See `RazorModule.razor_repr`."""

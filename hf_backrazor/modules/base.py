@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
+from ..compat import in_functorch_transform
 from ..config import RazorConfig
 from ..extension import Extension, extend
 from ..functional.sharing import origin_of
@@ -19,6 +23,8 @@ if TYPE_CHECKING:
     _Module = nn.Module
 else:
     _Module = object
+
+logger = logging.get_logger(__name__)
 
 # Elements up to which the input of a classifier, one row a sample, is kept whole: 1 MiB in float32.
 POOLED_NUMEL = 2**18
@@ -55,6 +61,22 @@ class RazorModule(Extension, _Module):
         module.razor_config = config
         module.razor_enabled = True
 
+    @classmethod
+    def members(cls, plain_class: type[nn.Module]) -> dict[str, Any]:
+        """See `Extension.members`: where the plain forward has other names for its arguments, one that takes those."""
+        if not hasattr(cls, "forward"):
+            return {}
+        theirs, ours = (_positional(owner.forward) for owner in (plain_class, cls))
+        renamed = {their: our for their, our in zip(theirs, ours, strict=False) if their != our}
+        if not renamed:
+            return {}
+
+        @functools.wraps(plain_class.forward)
+        def forward(self: RazorModule, *args: Any, **kwargs: Any) -> Any:
+            return cls.forward(self, *args, **{renamed.get(name, name): value for name, value in kwargs.items()})
+
+        return {"forward": forward}
+
     def clear(self) -> None:
         """Delete what `install` added to the object; its class is still extended."""
         for name in [name for name in self.__dict__ if name.startswith("razor_")]:
@@ -70,15 +92,25 @@ class RazorModule(Extension, _Module):
 
     def razor_active(self, *tensors: Tensor | None) -> bool:
         """Whether this call saves packed activations: in training, with gradients wanted for one of `tensors`."""
-        return (
-            self.training
-            and self.razor_enabled
-            and torch.is_grad_enabled()
-            and any(x is not None and x.requires_grad for x in tensors)
-        )
+        return self.training and self._saves_for(*tensors)
+
+    def _saves_for(self, *tensors: Tensor | None) -> bool:
+        if not (self.razor_enabled and torch.is_grad_enabled()):
+            return False
+        if not any(x is not None and x.requires_grad for x in tensors):
+            return False
+        if in_functorch_transform():
+            logger.warning_once(
+                "razor: what runs inside of torch.func's transforms (`vmap`, `grad`, `jvp`, ...) is saved dense"
+            )
+            return False
+        return True
 
     def worth_packing(self, x: Tensor) -> bool:
-        """Whether `x` is large enough to be packed."""
+        """Whether `x` can be packed, and is large enough to be."""
+        if x.is_nested:
+            logger.warning_once("razor: nested tensors are saved dense")
+            return False
         return x.is_floating_point() and x.numel() >= self.razor_config.min_numel
 
     def razor_repr(self) -> str:
@@ -88,6 +120,12 @@ class RazorModule(Extension, _Module):
     def extra_repr(self) -> str:
         """The plain module's, followed by the razor settings."""
         return ", ".join(text for text in (super().extra_repr(), self.razor_repr()) if text)
+
+
+def _positional(function: Callable[..., Any]) -> list[str]:
+    """Names of the arguments that may be given by position, but for `self`."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [name for name, each in inspect.signature(function).parameters.items() if each.kind in kinds][1:]
 
 
 def input_spec(config: RazorConfig, row_dims: int = 1) -> PackSpec:
