@@ -15,8 +15,8 @@ def in_functorch_transform() -> bool:
 
 
 def is_batched(x: Tensor) -> bool:
-    """Whether `x` stands for a batch of tensors, as inside of `torch.vmap`."""
-    return torch._C._functorch.is_batchedtensor(x)
+    """Whether `x` stands for a batch of tensors, as inside of `torch.vmap`, and where `is_grads_batched=True`."""
+    return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 @contextmanager

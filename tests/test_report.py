@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import make
+from architectures import ARCHITECTURES, make
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -21,6 +21,7 @@ from hf_backrazor import (
     measure_saved_bytes,
 )
 from hf_backrazor.kernels.library import torch_only
+from hf_backrazor.live_memory import LiveMemory
 from hf_backrazor.packing.bits import byte_table
 
 PRESETS = {"dense": None, "balanced": RazorConfig(), "paper": RazorConfig.preset("paper")}
@@ -45,6 +46,25 @@ def test_estimate_is_what_is_measured(name: str, config: RazorConfig | None) -> 
     # What an estimate leaves behind must not be met by real tensors.
     model.train()(**batch).loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.filterwarnings("ignore:saved dense", "ignore:the model returns a cache")
+@pytest.mark.parametrize("preset", ["balanced", "lossless"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_a_graph_keeps_alive_is_counted(name: str, attention: str, preset: str) -> None:
+    model, batch = make(name, attention)
+    model = get_razor_model(model.train(), RazorConfig.preset(preset))
+    counted = measure_saved_bytes(model, **batch).total
+    tensors = [x for x in batch.values() if isinstance(x, torch.Tensor)]
+    loss = model(**batch).loss  # fills caches
+    del loss
+    with LiveMemory([*model.parameters(), *model.buffers(), *tensors]) as memory:
+        loss = model(**batch).loss
+        alive = memory.live
+    # The loss, and numbers that it returns beside: some scalars.
+    assert alive <= counted + 256
+    loss.backward()
 
 
 def test_estimate_of_a_model_without_memory_for_its_weights() -> None:

@@ -215,8 +215,8 @@ class _Activation(torch.autograd.Function):
         if ctx.layout is None:
             return grad_output * ctx.rule.derivative_of_output(stored), *others
         again = torch.is_grad_enabled()
-        x = restored(ctx.layout, (stored,)).view_as(stored) if again else ctx.layout.unpack((stored,)).detach()
-        x = x if x.requires_grad else x.requires_grad_()
+        x = restored(ctx.layout, (stored,)) if again else ctx.layout.unpack((stored,)).detach()
+        x = x.view_as(x) if x.requires_grad else x.requires_grad_()
         with torch.enable_grad(), ctx.autocast:
             # A function that works in place would write to a leaf, and to what is stored.
             output = ctx.function(x.clone() if ctx.inplace and ctx.rule is None else x)

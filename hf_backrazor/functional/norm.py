@@ -75,7 +75,11 @@ def rms_norm(
         As `forward(x)`.
     """
     if stores == "input":
-        return _RMSNorm.apply(x, weight, eps, spec, pack_shared(x, spec), offset, forward)
+        packed = pack_shared(x, spec)
+        if forward is not None and packed.layout.whole and x.dtype != torch.float32:
+            # Norms of Transformers save what they cast to float32, so that `x` itself may be changed later.
+            packed = Packed(packed.layout, (x.detach().clone(),))
+        return _RMSNorm.apply(x, weight, eps, spec, packed, offset, forward)
     y, *parts = _RMSNorm.apply(x, weight, eps, spec, None, offset, forward)
     gamma = weight if weight is None or not offset else weight.detach() + offset
     note_affine(y, sparse_layout(x.shape, x.dtype, spec), parts, gamma, None)

@@ -25,7 +25,7 @@ from ..functional.activation import (
     cell_tables,
     leaky_relu,
 )
-from .base import RazorModule
+from .base import RazorModule, activation_bits
 
 # Class -> what is known of its derivative (or how to find that for an instance). None: autograd finds it from the
 # input, kept in half precision.
@@ -93,7 +93,8 @@ class RazorActivation(RazorModule):
         inplace = getattr(self, "inplace", False)
         if not active or (inplace and input._is_view()):  # see `RazorDropout`
             return super().forward(input)
-        return activation(input, super().forward, self.rule, self.razor_config.activation_bits, parameters, inplace)
+        bits = activation_bits(self.razor_config, input)
+        return activation(input, super().forward, self.rule, bits, parameters, inplace)
 
     def razor_repr(self) -> str:
         """See `RazorModule.razor_repr`."""

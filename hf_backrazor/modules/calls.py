@@ -38,7 +38,7 @@ from ..functional.activation import GELU, GELU_TANH, HARDSIGMOID, HARDSWISH, MIS
 from ..functional.interpolated_cross_entropy import MODES
 from ..functional.scaling import rows_of_scaling
 from ..functional.sharing import origin_of
-from .base import RazorModule, input_spec, linear_spec, map_norm_spec, norm_spec, product_spec
+from .base import RazorModule, activation_bits, input_spec, linear_spec, map_norm_spec, norm_spec, product_spec
 from .resized_logits import LazyResizedLogits, resizes_logits
 
 
@@ -62,7 +62,7 @@ def _activation(function: Callable[..., Tensor], rule: Callable[..., ActivationR
         inplace = others.get("inplace", False)
         if not _saves(module, input) or (inplace and input._is_view()):
             return NotImplemented
-        bits = module.razor_config.activation_bits
+        bits = activation_bits(module.razor_config, input)
         return activation(input, lambda x: function(x, **others), rule(**others), bits, inplace=inplace)
 
     return call

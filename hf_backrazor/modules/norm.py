@@ -56,6 +56,8 @@ class RazorRMSNorm(RazorModule):
     @classmethod
     def cannot_handle(cls, module: nn.Module) -> str | None:
         """See `RazorModule.cannot_handle`."""
+        if type(module).__module__.startswith("torch.nn.utils."):  # parametrizations of a weight
+            return None
         if type(module).__name__.endswith("Norm") and not RazorLayerNorm.handles(module) and not cls.handles(module):
             return f"{type(module).__name__} is neither LayerNorm nor RMSNorm with one weight vector"
         return None
@@ -79,7 +81,7 @@ class RazorRMSNorm(RazorModule):
             norm_spec(config),
             stores=config.norm,
             offset=self.razor_offset,
-            forward=super().forward,
+            forward=None if isinstance(self, nn.RMSNorm) else super().forward,
         )
 
     razor_repr = RazorLayerNorm.razor_repr
