@@ -60,7 +60,7 @@ def test_a_linear_layer_reads_what_a_norm_over_channels_stored(
     razor = razor_of(dense, "balanced", norm_bits=4, residual_bits=4, weight_gradient=weight_gradient)
     x = torch.randn(32, 16, length)
     expected, found = (gradients(model, x)[5].flatten() for model in (dense, razor))
-    assert F.cosine_similarity(expected, found, 0) > 0.99
+    assert F.cosine_similarity(expected, found, 0) > 0.98
 
 
 @pytest.mark.parametrize("preset", ["lossless", "balanced", "paper"])
@@ -363,6 +363,55 @@ def test_parametrizations_come_and_go_before_and_after(normalise: Callable[[nn.M
     before(x).sum().backward()
     before.unload()
     assert type(before[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(8, 8), nn.Conv1d(4, 4, 1), nn.ConvTranspose1d(4, 4, 1)])
+def test_a_parametrized_weight_is_computed_as_often_as_dense(layer: nn.Module) -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(8, 8), copy.deepcopy(layer), nn.GELU()).train()
+    parametrizations.spectral_norm(dense[1])
+    razor, x = razor_of(dense), torch.randn(2, 4, 8)
+    for _ in range(3):  # each a step of the power iteration
+        assert torch.equal(razor(x), dense(x))
+    dense.requires_grad_(False)
+    razor.requires_grad_(False)
+    assert torch.equal(razor(x), dense(x))
+    for expected, found in zip(dense.buffers(), razor.buffers(), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("preset", ["lossless", "balanced", "fast", "paper"])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(8, 8), (0, 8)),
+        (nn.LayerNorm(8), (0, 3, 8)),
+        (nn.RMSNorm(8), (0, 8)),
+        (nn.GELU(), (0, 8)),
+        (nn.Dropout(0.5), (0, 8)),
+        (nn.Conv2d(2, 3, 1), (0, 2, 4, 4)),
+        (nn.BatchNorm2d(2), (0, 2, 5, 3)),
+        (nn.InstanceNorm2d(2), (0, 2, 5, 3)),
+        (nn.GroupNorm(1, 2), (0, 2, 5, 3)),
+        (nn.MaxPool2d(2), (0, 2, 4, 4)),
+        (nn.AvgPool2d(2), (0, 2, 4, 4)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_empty_batches(layer: nn.Module, shape: tuple[int, ...], preset: str) -> None:
+    dense = nn.Sequential(copy.deepcopy(layer)).train()
+    razor, x = razor_of(dense, preset), torch.randn(shape)
+    for expected, found in zip(gradients(dense, x), gradients(razor, x), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("preset", ["lossless", "balanced", "paper"])
+def test_a_norm_over_two_dimensions_of_a_slice(preset: str) -> None:
+    torch.manual_seed(0)
+    dense, x = nn.Sequential(nn.LayerNorm((4, 3))), torch.randn(2, 4, 5, 3)[:, :, 0]
+    razor = razor_of(dense, preset)
+    assert torch.equal(razor(x), dense(x))
+    assert torch.allclose(gradients(razor, x)[2], gradients(dense, x)[2])
 
 
 def test_an_interrupted_first_forward_leaves_no_mode_behind() -> None:

@@ -157,15 +157,15 @@ class _LayerNorm(torch.autograd.Function):
         weight, rstd, *parts = ctx.saved_tensors
         size = prod(ctx.normalized_shape)
         grad_rows, rstd = grad_output.to(rstd.dtype).reshape(-1, size), rstd.view(-1, 1)
-        gamma = None if weight is None else weight.to(rstd.dtype).view(size)
+        gamma = None if weight is None else weight.to(rstd.dtype).reshape(size)
         if ctx.from_input:
             mean, *parts = parts
-            x_hat = (ctx.layout.unpack(parts, rstd.dtype).view(-1, size) - mean.view(-1, 1)) * rstd
+            x_hat = (ctx.layout.unpack(parts, rstd.dtype).reshape(-1, size) - mean.view(-1, 1)) * rstd
             grads = norm_gradients(grad_rows, x_hat, rstd, gamma, centred=True)
         else:
             grads = packed_norm_gradients(grad_rows, ctx.layout, parts, rstd, gamma, centred=True)
         grad_input, grad_weight, grad_bias = grads
-        grad_input = grad_input.view(grad_output.shape).to(ctx.input_dtype)
+        grad_input = grad_input.reshape(grad_output.shape).to(ctx.input_dtype)
         grad_weight = grad_weight.view(weight.shape).to(weight.dtype) if ctx.needs_input_grad[1] else None
         grad_bias = grad_bias.view(ctx.normalized_shape).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         return grad_input, grad_weight, grad_bias, None, None, None, None
@@ -209,10 +209,10 @@ class _RMSNorm(torch.autograd.Function):
         grad_rows, rstd = grad_output.to(rstd.dtype).reshape(-1, size), rstd.view(-1, 1)
         gamma = None if weight is None else weight.to(rstd.dtype) + ctx.offset
         if ctx.from_input:
-            x_hat = ctx.layout.unpack(parts, rstd.dtype).view(-1, size) * rstd
+            x_hat = ctx.layout.unpack(parts, rstd.dtype).reshape(-1, size) * rstd
             grads = norm_gradients(grad_rows, x_hat, rstd, gamma, centred=False)
         else:
             grads = packed_norm_gradients(grad_rows, ctx.layout, parts, rstd, gamma, centred=False)
-        grad_input = grads[0].view(grad_output.shape).to(ctx.input_dtype)
+        grad_input = grads[0].reshape(grad_output.shape).to(ctx.input_dtype)
         grad_weight = grads[1].to(weight.dtype) if ctx.needs_input_grad[1] else None
         return grad_input, grad_weight, None, None, None, None, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import activations as hf
 
 from ..config import RazorConfig
@@ -89,7 +90,8 @@ class RazorActivation(RazorModule):
     def forward(self, input: Tensor) -> Tensor:
         """As the plain module; saves `input`, in few bits or as it is."""
         parameters = tuple(self.parameters())
-        active = self.razor_active(input, *parameters) and self.worth_packing(input)
+        # Parametrized ones would be computed again in backward.
+        active = self.razor_active(input, *parameters) and self.worth_packing(input) and not is_parametrized(self)
         inplace = getattr(self, "inplace", False)
         if not active or (inplace and input._is_view()):  # see `RazorDropout`
             return super().forward(input)

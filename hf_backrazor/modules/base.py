@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -90,14 +90,19 @@ class RazorModule(Extension, _Module):
         with without_own_calls():
             return super().__call__(*args, **kwargs)
 
-    def razor_active(self, *tensors: Tensor | None) -> bool:
-        """Whether this call saves packed activations: in training, with gradients wanted for one of `tensors`."""
-        return self.training and self._saves_for(*tensors)
+    def razor_active(self, *tensors: Tensor | None, parameters: Sequence[str] = ()) -> bool:
+        """Whether this call saves packed activations: in training, with gradients wanted.
 
-    def _saves_for(self, *tensors: Tensor | None) -> bool:
+        Args:
+            tensors: those that a gradient may be wanted for.
+            parameters: names of parameters that one may be wanted for.
+        """
+        return self.training and self._saves_for(tensors, parameters)
+
+    def _saves_for(self, tensors: Sequence[Tensor | None], parameters: Sequence[str]) -> bool:
         if not (self.razor_enabled and torch.is_grad_enabled()):
             return False
-        if not any(x is not None and x.requires_grad for x in tensors):
+        if not (any(x is not None and x.requires_grad for x in tensors) or any(map(self._trains, parameters))):
             return False
         if in_functorch_transform():
             logger.warning_once(
@@ -106,12 +111,23 @@ class RazorModule(Extension, _Module):
             return False
         return True
 
+    def _trains(self, name: str) -> bool:
+        """Whether a gradient is wanted for a parameter.
+
+        It is not read if it is parametrized: that computes it, and is a step of spectral norm's power iteration.
+        """
+        parametrizations = self._modules.get("parametrizations")
+        if parametrizations is not None and name in parametrizations:
+            return any(original.requires_grad for original in parametrizations[name].parameters())
+        value = getattr(self, name)
+        return value is not None and value.requires_grad
+
     def worth_packing(self, x: Tensor) -> bool:
         """Whether `x` can be packed, and is large enough to be."""
         if x.is_nested:
             logger.warning_once("razor: nested tensors are saved dense")
             return False
-        return x.is_floating_point() and x.numel() >= self.razor_config.min_numel
+        return x.is_floating_point() and x.numel() >= max(1, self.razor_config.min_numel)
 
     def razor_repr(self) -> str:
         """The settings that matter to this operator, for `print(model)`."""

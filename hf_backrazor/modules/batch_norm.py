@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from ..functional import batch_norm
@@ -19,9 +21,9 @@ class RazorBatchNorm(RazorModule):
         types = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
         return isinstance(module, types) and type(module).forward is nn.BatchNorm2d.forward
 
-    def razor_active(self, *tensors: Tensor | None) -> bool:
+    def razor_active(self, *tensors: Tensor | None, parameters: Sequence[str] = ()) -> bool:
         """In eval mode too, if there are gradients: that is how statistics are kept fixed while the rest trains."""
-        return self._saves_for(*tensors)
+        return self._saves_for(tensors, parameters)
 
     def forward(self, input: Tensor) -> Tensor:
         """As the plain module; saves x_hat or `input` packed, or nothing if statistics and weight are fixed."""
@@ -30,7 +32,7 @@ class RazorBatchNorm(RazorModule):
         if (
             input.dim() < 3
             or one_value
-            or not self.razor_active(input, self.weight, self.bias)
+            or not self.razor_active(input, parameters=("weight", "bias"))
             or not self.worth_packing(input)
         ):
             return super().forward(input)

@@ -23,7 +23,7 @@ class RazorGroupNorm(RazorModule):
         if (
             input.dim() < 3
             or input.numel() == self.num_groups
-            or not self.razor_active(input, self.weight)
+            or not self.razor_active(input, parameters=("weight",))
             or not self.worth_packing(input)
         ):
             return super().forward(input)
@@ -57,7 +57,8 @@ class RazorInstanceNorm(RazorModule):
         """As the plain module; saves x_hat or `input` packed."""
         batched = input.dim() == self._get_no_batch_dim() + 1
         one_value = input.numel() == input.shape[:2].numel()  # torch refuses to take statistics
-        if not batched or one_value or not self.razor_active(input, self.weight) or not self.worth_packing(input):
+        active = self.razor_active(input, parameters=("weight",)) and self.worth_packing(input)
+        if not batched or one_value or not active:
             return super().forward(input)
         self._check_input_dim(input)
         # As torch does it: a batch norm of one sample with a channel for each channel of each sample.

@@ -33,7 +33,7 @@ class RazorLinear(RazorModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """As the plain module; saves `input` packed where the weight is being trained."""
-        if not self.razor_active(self.weight) or not self.worth_packing(input):
+        if not self.razor_active(parameters=("weight",)) or not self.worth_packing(input):
             return super().forward(input)
         config = self.razor_config
         spec = linear_spec(config, input)

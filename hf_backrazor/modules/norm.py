@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..config import RazorConfig
 from ..functional import layer_norm, rms_norm
@@ -25,7 +26,7 @@ class RazorLayerNorm(RazorModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """As the plain module; saves x_hat or `input` packed."""
-        if not self.razor_active(input, self.weight) or not self.worth_packing(input):
+        if not self.razor_active(input, parameters=("weight",)) or not self.worth_packing(input):
             return super().forward(input)
         config = self.razor_config
         return layer_norm(
@@ -71,7 +72,9 @@ class RazorRMSNorm(RazorModule):
 
     def forward(self, input: Tensor, *others: Any, **named: Any) -> Tensor:
         """As the plain module; saves x_hat or `input` packed. Further arguments (Mamba-2's gate) leave it dense."""
-        if others or named or not self.razor_active(input, self.weight) or not self.worth_packing(input):
+        # Its own forward reads the weight once more, which would compute a parametrized one twice.
+        plain = others or named or is_parametrized(self)
+        if plain or not self.razor_active(input, parameters=("weight",)) or not self.worth_packing(input):
             return super().forward(input, *others, **named)
         config = self.razor_config
         return rms_norm(
