@@ -7,11 +7,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def in_functorch_transform() -> bool:
-    """Whether code runs inside of `torch.func.grad`, `vmap`, `jvp` and their like."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether code runs inside of `torch.func.grad`, `vmap`, `jvp` and their like, or of forward-mode differentiation."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def is_batched(x: Tensor) -> bool:

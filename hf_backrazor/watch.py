@@ -74,7 +74,7 @@ class _WeightUse(TorchDispatchMode):
         super().__init__()
         self._names: dict[int, str] = {}
         for name, module in model.named_modules():
-            weight = getattr(module, "weight", None)
+            weight = module._parameters.get("weight")  # one that is parametrized would be computed
             # A head is meant to be used so: by the loss.
             razor = isinstance(module, RazorModule) and not isinstance(module, RazorLMHead)
             if razor and isinstance(weight, Tensor) and weight.requires_grad:

@@ -217,3 +217,16 @@ def test_a_hessian_vector_product() -> None:
         products.append(torch.autograd.grad(grads, parameters, vector))
     for expected, found in zip(*products, strict=True):
         assert torch.allclose(found, expected, rtol=1e-8, atol=1e-12)
+
+
+def test_forward_mode_runs_the_plain_code() -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3))
+    razor = get_razor_model(copy.deepcopy(dense))
+    x, tangent = torch.randn(2, 5, 4)
+    found = []
+    for model in (dense, razor):
+        with torch.autograd.forward_ad.dual_level():
+            y = model(torch.autograd.forward_ad.make_dual(x, tangent))
+            found.append(torch.autograd.forward_ad.unpack_dual(y).tangent)
+    assert torch.equal(*found)

@@ -106,7 +106,8 @@ class RazorModule(Extension, _Module):
             return False
         if in_functorch_transform():
             logger.warning_once(
-                "razor: what runs inside of torch.func's transforms (`vmap`, `grad`, `jvp`, ...) is saved dense"
+                "razor: what runs inside of torch.func's transforms (`vmap`, `grad`, `jvp`, ...) or of forward-mode "
+                "differentiation is saved dense"
             )
             return False
         return True
