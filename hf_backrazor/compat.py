@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 
 def in_functorch_transform() -> bool:
-    """Whether code runs inside of `torch.func.grad`, `vmap`, `jvp` and their like, or of forward-mode differentiation."""
+    """Whether code runs inside of a transform of `torch.func`, or of forward-mode differentiation."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
