@@ -1,80 +1,407 @@
 """Tensors that know how they are computed, and are not computed yet.
 
-What is asked of shape, dtype or device is answered at once. What a handler knows is done without the elements. Anything
-else makes the tensor compute itself, once, as the plain code would have.
+A lazy tensor is the output of one autograd function, so that whatever is done with it leaves the gradient that the
+plain code would leave. Its elements are computed once, when an operator reads them. Views, casts and a few other
+operators are put off as well. A function that has a cheaper way to its result than the elements takes that way, as long
+as nobody can tell the difference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import enable_reentrant_dispatch
+from torch.utils._pytree import tree_leaves, tree_map
+
+FINGERPRINT_NUMEL = 256
+
+
+class Computation:
+    """`function(*inputs)`, put off: computed once, in a graph of its own that ends at aliases of the inputs.
+
+    Args:
+        function: from tensors like `inputs` to the dense tensor.
+        inputs: tensors, or None where the function takes that.
+        name: what is computed, for errors and notices.
+        notice: called with the name of the function that asks first.
+        autocast: what `function` runs in.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        inputs: tuple[Tensor | None, ...],
+        name: str,
+        notice: Callable[[str], None],
+        autocast: AbstractContextManager,
+    ) -> None:
+        self.inputs, self.name = inputs, name
+        self._function, self._notice, self._autocast = function, notice, autocast
+        self._versions = self._current_versions()
+        self._fingerprints = self._current_fingerprints()
+        self._aliases: list[Tensor | None] = []
+        self._dense: Tensor | None = None
+
+    def require_unchanged(self) -> None:
+        """Raise RuntimeError if an input is not what it was when the tensor was made."""
+        same = self._versions == self._current_versions()
+        # Some optimizers write without a new version, through `.data` or in kernels of their own.
+        if not same or not all(map(_identical, self._fingerprints, self._current_fingerprints())):
+            raise RuntimeError(
+                f"{self.name} were not computed before the weights that they depend on, or their input, changed, and "
+                "can no longer be: read or detach them before `optimizer.step()`, or what else changes these in place"
+            )
+
+    def compute(self, asked_by: str) -> Tensor:
+        """The elements, detached; `asked_by` names the function that reads them."""
+        if self._dense is None:
+            self.require_unchanged()
+            self._notice(asked_by)
+            # Of the modes that are on none is about what happens here; least of all that of a checkpoint, which counts
+            # the tensors that are saved in it.
+            with (
+                torch.inference_mode(False),
+                torch._C.DisableTorchFunction(),
+                torch.enable_grad(),
+                saved_tensors_hooks(_unchanged, _unchanged),
+                self._autocast,
+            ):
+                self._aliases = [None if x is None else x.view_as(x) for x in self.inputs]
+                self._dense = self._function(*self._aliases)
+        return self._dense.detach()
+
+    def gradients(self, grad: Tensor, needed: tuple[bool, ...]) -> list[Tensor | None]:
+        """Those of the inputs that are needed, for the gradient of the dense tensor."""
+        if self._dense is None:
+            self.compute("backward")
+        if self._versions != self._current_versions():
+            raise RuntimeError(f"an input of {self.name} has been modified by an inplace operation before its gradient")
+        wanted = [x for x, need in zip(self._aliases, needed, strict=True) if need]
+        options = {"retain_graph": True, "create_graph": torch.is_grad_enabled(), "allow_unused": True}
+        found = iter(torch.autograd.grad(self._dense, wanted, grad, **options))
+        return [next(found) if need else None for need in needed]
+
+    def _current_versions(self) -> list[int]:
+        return [0 if x is None or x.is_inference() else x._version for x in self.inputs]
+
+    def _current_fingerprints(self) -> list[Tensor]:
+        return [_fingerprint(x) for x in self.inputs if x is not None and x.is_leaf]
+
+
+def _fingerprint(x: Tensor) -> Tensor:
+    """At most `FINGERPRINT_NUMEL` elements from all over `x`; none where there are none to compare."""
+    # FSDP may have taken the memory away again.
+    gone = x.is_meta or isinstance(x, FakeTensor) or type(x) not in (Tensor, torch.nn.Parameter)
+    if gone or x.untyped_storage().size() == 0 or not x.numel():
+        return torch.empty(0)
+    with torch.no_grad(), torch._C.DisableTorchFunction():
+        places = torch.arange(0, x.numel(), -(-x.numel() // FINGERPRINT_NUMEL), device=x.device)
+        return x.detach()[torch.unravel_index(places, x.shape)]
+
+
+def _identical(x: Tensor, y: Tensor) -> bool:
+    return torch.equal(x, y) or torch.allclose(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+class Elements:
+    """The elements of a lazy tensor, or how they come to be.
+
+    Args:
+        make: computes them; called with the name of the function that asks.
+        owner: where these are a view, whose memory they lie in.
+    """
+
+    def __init__(self, make: Callable[[str], Tensor], owner: Elements | None = None) -> None:
+        self.owner = owner or self
+        self._make: Callable[[str], Tensor] | None = make
+        self._values: Tensor | None = None
+        self._copies: WeakSet[Elements] = WeakSet()
+
+    @property
+    def there(self) -> bool:
+        """Whether they are computed."""
+        return self._values is not None
+
+    def get(self, asked_by: str) -> Tensor:
+        """A dense tensor without a graph, always the same."""
+        if self._values is None:
+            self._values = self._make(asked_by)
+            self._make = None
+        return self._values
+
+    def then(self, function: Callable[[Tensor], Tensor], view: bool) -> Elements:
+        """Those of `function` of these; `view`: in the same memory."""
+        result = Elements(lambda asked_by: function(self.get(asked_by)), self.owner if view else None)
+        if not view:
+            self.owner._copies.add(result)
+        return result
+
+    def before_write(self) -> None:
+        """Compute what was put off and reads this memory."""
+        for other in list(self.owner._copies):
+            other.get("a change in place")
+        self.owner._copies.clear()
+
+
+class _Deferred(torch.autograd.Function):
+    """The one place of a lazy tensor in the graph: between it and the inputs of its computation."""
+
+    @staticmethod
+    def forward(ctx: Any, computation: Computation, make: Callable[[], LazyTensor], *inputs: Tensor | None) -> Tensor:
+        ctx.computation = computation
+        ctx.set_materialize_grads(False)
+        return make()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[2:]
+        if grad is None:
+            return (None,) * (2 + len(needed))
+        return None, None, *ctx.computation.gradients(grad, needed)
+
+
+class _Whole(torch.autograd.Function):
+    """From a lazy tensor to a plain one in the same memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: LazyTensor, asked_by: str) -> Tensor:
+        return x._elements.get(asked_by).detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class Description:
+    """What a lazy tensor stands for, in terms that lead to results without its elements.
+
+    Attributes:
+        steps: function of torch -> what takes the same arguments and returns the description of its result.
+        results: function of torch -> what takes the same arguments and returns its result.
+        computation: of the elements of the tensor that the first description was of.
+
+    The first argument is the lazy tensor; both may return `NotImplemented`.
+    """
+
+    steps: ClassVar[Mapping[Any, Callable[..., Any]]] = {}
+    results: ClassVar[Mapping[Any, Callable[..., Any]]] = {}
+    computation: Computation
+
+    def call_before_backward(self, hook: Callable[[Tensor], Any]) -> None:
+        """Have results call `hook` before their backward: FSDP gathers weights there."""
 
 
 class LazyTensor(Tensor):
-    """Base of tensors that stand for others.
+    """A tensor without elements, until they are read.
+
+    Values, dtypes, errors and gradients are those of the dense tensor, whoever uses it: functions of torch, autograd
+    functions, compiled or scripted code, hooks, changes in place. A result that its description has a way to is taken
+    that way only where the tensor is as it was made: nothing was written to it, no hook looks at its gradient, and no
+    other function stands between it and the inputs. After that a hook that would never be called, and a gradient that
+    never arrives, are errors, and so are elements that are first read when a weight has changed.
+
+    `shape`, `dtype` and all else that is not elements is there at once.
 
     Attributes:
-        handlers: name of a function of torch -> what takes its place, while the elements are not there; called with
-            the function's arguments. `NotImplemented` makes the tensor compute itself.
+        description: what leads to results without elements, or None.
     """
 
-    handlers: ClassVar[dict[str, Callable[..., Any]]] = {}
-    _dense: Tensor | None
-
-    @classmethod
-    def standing_for(cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:
-        """A new tensor without elements, for subclasses to complete."""
-        self = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device, requires_grad=True)
-        self._dense = None
-        return self
+    description: Description | None
+    _elements: Elements
+    # In what state of the tensor its description holds, and the tensor that it came from.
+    _state: tuple[Any, int]
+    _source: LazyTensor | None
+    # Whether somebody may look at the gradient; whether a result was taken past this tensor.
+    _watched: bool
+    _passed: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
 
-    def _compute(self, asked_by: str) -> Tensor:
-        """The dense tensor, part of the graph; `asked_by` names the function that needs it."""
-        raise NotImplementedError
+    @classmethod
+    def deferred(cls, description: Description, like: Tensor) -> Any:
+        """A new lazy tensor.
 
-    def compute(self, asked_by: str) -> Tensor:
-        """The dense tensor, computed once, and part of the graph."""
-        if self._dense is None:
-            self._dense = self._compute(asked_by)
-        return self._dense
+        Args:
+            description: with the computation of its elements.
+            like: a tensor, of any device, that has its shape, strides and dtype.
+        """
+        computation = description.computation
+        device = computation.inputs[0].device
+        elements = Elements(computation.compute)
+
+        def make() -> LazyTensor:
+            return cls._wrap(elements, like, device)
+
+        self = _Deferred.apply(computation, make, *computation.inputs)
+        self._describe(description, None)
+        return self
 
     @classmethod
+    def _wrap(cls, elements: Elements, like: Tensor, device: torch.device, offset: int = 0) -> LazyTensor:
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, like.shape, like.stride(), like.storage_offset() + offset, dtype=like.dtype, device=device
+        )
+        self._elements, self.description, self._source = elements, None, None
+        self._watched = self._passed = False
+        return self
+
+    def _describe(self, description: Description, source: LazyTensor | None) -> None:
+        self.description, self._source, self._state = description, source, self._current_state()
+
+    def _current_state(self) -> tuple[Any, int]:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.grad_fn, self._version
+
+    def _as_described(self) -> bool:
+        """Whether the description may be used: nobody could tell."""
+        return (
+            self.description is not None
+            and not self._watched
+            and self._state == self._current_state()
+            and (self._source is None or self._source._as_described())
+        )
+
+    def _pass_by(self) -> None:
+        self._passed = True
+        if self._source is not None:
+            self._source._pass_by()
+
+    def _watch(self, how: str) -> None:
+        if self._passed:
+            raise RuntimeError(
+                f"`{how}` comes too late: a loss of {self.description.computation.name} was taken without computing "
+                "them, and no gradient passes through them; call `retain_grad` or `register_hook` before the loss"
+            )
+        self._watched = True
+
+    # A compiled loss breaks its graph at each function of a lazy tensor, and goes on with the dense result.
+    @classmethod
+    @torch.compiler.disable(reason="the elements of lazy tensors are computed when they are read")
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if (name == "__get__" and getattr(func.__self__, "__name__", "") in _METADATA) or name in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        handler = cls.handlers.get(name)
-        # Once they are computed they may have been written to.
-        if handler is not None and isinstance(args[0], LazyTensor) and args[0]._dense is None:
-            result = handler(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-
-        def dense(x: Any) -> Any:
-            return x.compute(name) if isinstance(x, LazyTensor) else x
-
-        return func(*tree_map(dense, args), **tree_map(dense, kwargs))
+        x = args[0] if args and isinstance(args[0], LazyTensor) else None
+        if func is torch.autograd.grad:
+            for y in tree_leaves(args[1:2]):
+                if isinstance(y, LazyTensor):
+                    y._watch("torch.autograd.grad")
+        if x is not None:
+            if func in _LOOKS_AT_GRADIENT:
+                if not (func == Tensor.register_hook and _register_gathering(x, *args[1:], **kwargs)):
+                    x._watch(_name(func))
+            elif func == _GRAD_FN:
+                x._watched = True  # its hooks are as good as the tensor's
+            elif func in _READS_MEMORY:
+                x._watched = True
+                return func(*(_whole(y, _name(func)) for y in args), **kwargs)
+            elif func in _DETACHES:
+                x._elements.get(_name(func))
+                # Writing to `.data` makes no new version.
+                x._watched = x._watched or func == _DATA
+            elif x._as_described():
+                if (take := x.description.results.get(func)) is not None:
+                    result = take(*args, **kwargs)
+                    if result is not NotImplemented:
+                        if torch.is_grad_enabled() and result.requires_grad:
+                            x._pass_by()
+                        return result
+                if (step := x.description.steps.get(func)) is not None:
+                    described = step(*args, **kwargs)
+                    result = _plainly(func, args, kwargs)
+                    if described is not NotImplemented and isinstance(result, LazyTensor) and result is not x:
+                        result._describe(described, x)
+                    return result
+        return _plainly(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        # Reached only from C++, where no function above intercepts.
-        def dense(x: Any) -> Any:
-            return x.compute(str(func)).detach() if isinstance(x, LazyTensor) else x
+        kwargs = kwargs or {}
+        name = func._schema.name.split("::")[-1]
+        if func in _VIEWS or func in _COPIES:
+            result = _put_off(func, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        lazy = [x for x in tree_leaves((args, kwargs)) if isinstance(x, LazyTensor)]
+        # Autograd is above, and has to come back for what is computed in a graph of its own.
+        with enable_reentrant_dispatch():
+            for x in lazy:
+                if func._schema.is_mutable:
+                    x._elements.before_write()
+                x._elements.get(name)
+        owners = {id(x._elements.get(name)): x for x in lazy}
 
-        return func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
+        def values(x: Any) -> Any:
+            return x._elements.get(name) if isinstance(x, LazyTensor) else x
+
+        result = func(*tree_map(values, args), **tree_map(values, kwargs))
+        # What was written to is returned as itself.
+        return tree_map(lambda x: owners.get(id(x), x) if isinstance(x, Tensor) else x, result)
 
 
-def widened_dtype(x: LazyTensor, *args: Any, **kwargs: Any) -> torch.dtype | None:
-    """The dtype that `x.to(...)` with these arguments has; None if that is more than a cast that changes no value."""
+def _plainly(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """As for any tensor; autograd sees the lazy ones, and the elements are asked for below it."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+def _whole(x: Any, asked_by: str) -> Any:
+    return _Whole.apply(x, asked_by) if isinstance(x, LazyTensor) else x
+
+
+def _name(func: Any) -> str:
+    name = getattr(func, "__name__", str(func))
+    return getattr(func.__self__, "__name__", name) if name == "__get__" else name
+
+
+def _register_gathering(x: LazyTensor, hook: Callable[[Tensor], Any], **kwargs: Any) -> bool:
+    # FSDP's hooks look at no gradient: they run before the backward of a module's output, to gather its weights.
+    function = getattr(hook, "func", hook)
+    if not (getattr(function, "__module__", None) or "").startswith("torch.distributed.fsdp"):
+        return False
+    if x.description is not None:
+        x.description.call_before_backward(hook)
+    return True
+
+
+def _put_off(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The lazy result of a view or copy of a lazy tensor; `NotImplemented` if it takes more than that one."""
+    x, *others = args
+    small = all(not isinstance(y, LazyTensor) and y.numel() <= x.shape[-1] for y in others if isinstance(y, Tensor))
+    if not isinstance(x, LazyTensor) or not small or kwargs.get("device") not in (None, x.device):
+        return NotImplemented
+    if func is torch.ops.aten.detach.default and x._elements.there:
+        return x._elements.get("detach").detach()
+    others = [y.detach().clone() if isinstance(y, Tensor) else y for y in others]
+    # On the meta device everything but the elements is found out.
+    meta = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    sizes = [torch.empty_like(y, device="meta") if isinstance(y, Tensor) else y for y in others]
+    like = func(meta, *sizes, **{key: value for key, value in kwargs.items() if key != "device"})
+    view = func in _VIEWS
+
+    def compute(values: Tensor) -> Tensor:
+        with torch.no_grad():
+            return func(values, *others, **kwargs)
+
+    return type(x)._wrap(x._elements.then(compute, view), like, x.device, x.storage_offset() if view else 0)
+
+
+def widened_dtype(x: Tensor, *args: Any, **kwargs: Any) -> torch.dtype | None:
+    """The dtype that `x.to(...)` with these arguments has; None if that is more than a cast that changes no value.
+
+    Args:
+        x: any tensor that has the dtype and device, on "meta" for instance.
+    """
     if any(isinstance(argument, Tensor) for argument in args) or kwargs.get("copy"):
         return None
     device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
@@ -85,11 +412,46 @@ def widened_dtype(x: LazyTensor, *args: Any, **kwargs: Any) -> torch.dtype | Non
     return dtype if dtype.is_floating_point and dtype.itemsize > x.dtype.itemsize else None
 
 
-_METADATA = frozenset(
+_GRAD_FN = Tensor.grad_fn.__get__
+_LOOKS_AT_GRADIENT = frozenset((Tensor.register_hook, Tensor.retain_grad, Tensor.grad.__get__))
+_DATA = Tensor.data.__get__
+_DETACHES = frozenset((Tensor.detach, torch.detach, _DATA))
+_READS_MEMORY = frozenset(
+    function
+    for name in (
+        *(
+            "numpy",
+            "tolist",
+            "data_ptr",
+            "untyped_storage",
+            "storage",
+            "_typed_storage",
+            "storage_type",
+            "share_memory_",
+        ),
+        *("__array__", "__dlpack__", "__reduce__", "__reduce_ex__", "__deepcopy__", "__repr__", "__format__"),
+        *("apply_", "map_", "map2_", "is_shared", "dim_order"),
+    )
+    if (function := getattr(Tensor, name, None)) is not None
+)
+
+_aten = torch.ops.aten
+# Of what models, losses and wrappers of modules do to logits, what can wait.
+_VIEWS = frozenset(
     (
-        *("shape", "dtype", "device", "layout", "ndim", "names", "requires_grad", "is_leaf", "grad_fn", "_base"),
-        *("is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "is_sparse", "is_quantized", "is_nested"),
-        *("size", "dim", "numel", "nelement", "__len__", "get_device"),
-        *("is_floating_point", "is_complex", "is_contiguous"),
+        *(_aten.view.default, _aten._reshape_alias.default, _aten.alias.default, _aten.detach.default),
+        *(_aten.slice.Tensor, _aten.select.int, _aten.unsqueeze.default, _aten.squeeze.dim),
+    )
+)
+_COPIES = frozenset(
+    (
+        *(
+            _aten.clone.default,
+            _aten._to_copy.default,
+            _aten._unsafe_view.default,
+            _aten.tanh.default,
+            _aten.neg.default,
+        ),
+        *(_aten.mul.Tensor, _aten.div.Tensor, _aten.add.Tensor, _aten._log_softmax.default),
     )
 )
