@@ -8,110 +8,102 @@ as nobody can tell the difference.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 from weakref import WeakSet
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import enable_reentrant_dispatch
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers.utils import logging
+
+from ..functional.precision import current_autocast
+
+logger = logging.get_logger(__name__)
 
 FINGERPRINT_NUMEL = 256
 
 
 class Computation:
-    """`function(*inputs)`, put off: computed once, in a graph of its own that ends at aliases of the inputs.
+    """A tensor as a function of others, for subclasses to say which; nothing is computed before it is asked for.
 
     Args:
-        function: from tensors like `inputs` to the dense tensor.
-        inputs: tensors, or None where the function takes that.
+        inputs: what the tensor depends on; None where the function takes that.
         name: what is computed, for errors and notices.
-        notice: called with the name of the function that asks first.
-        autocast: what `function` runs in.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., Tensor],
-        inputs: tuple[Tensor | None, ...],
-        name: str,
-        notice: Callable[[str], None],
-        autocast: AbstractContextManager,
-    ) -> None:
+    def __init__(self, inputs: tuple[Tensor | None, ...], name: str) -> None:
         self.inputs, self.name = inputs, name
-        self._function, self._notice, self._autocast = function, notice, autocast
         self._versions = self._current_versions()
         self._fingerprints = self._current_fingerprints()
-        self._aliases: list[Tensor | None] = []
-        self._dense: Tensor | None = None
 
-    def require_unchanged(self) -> None:
-        """Raise RuntimeError if an input is not what it was when the tensor was made."""
-        same = self._versions == self._current_versions()
-        # Some optimizers write without a new version, through `.data` or in kernels of their own.
-        if not same or not all(map(_identical, self._fingerprints, self._current_fingerprints())):
+    def forward(self, *inputs: Tensor | None) -> Tensor:
+        """The tensor, for detached `inputs`; runs below autograd."""
+        raise NotImplementedError
+
+    def gradients(self, grad: Tensor, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+        """Those of `self.inputs` that are needed, differentiable themselves."""
+        raise NotImplementedError
+
+    def elements(self, asked_by: str) -> Tensor:
+        """The tensor, without a graph; `asked_by` names the function that reads it.
+
+        Raises:
+            RuntimeError: an input is not what it was when the tensor was made.
+        """
+        if not self.unchanged():
             raise RuntimeError(
                 f"{self.name} were not computed before the weights that they depend on, or their input, changed, and "
                 "can no longer be: read or detach them before `optimizer.step()`, or what else changes these in place"
             )
+        logger.warning_once(
+            f"{self.name} are computed whole, as `{asked_by}` asks for them; "
+            "`torch.nn.functional.cross_entropy` over class numbers does without"
+        )
+        # Later operators may save what is first read in inference mode.
+        with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
+            return self.forward(*(None if x is None else x.detach() for x in self.inputs))
 
-    def compute(self, asked_by: str) -> Tensor:
-        """The elements, detached; `asked_by` names the function that reads them."""
-        if self._dense is None:
-            self.require_unchanged()
-            self._notice(asked_by)
-            # Of the modes that are on none is about what happens here; least of all that of a checkpoint, which counts
-            # the tensors that are saved in it.
-            with (
-                torch.inference_mode(False),
-                torch._C.DisableTorchFunction(),
-                torch.enable_grad(),
-                saved_tensors_hooks(_unchanged, _unchanged),
-                self._autocast,
-            ):
-                self._aliases = [None if x is None else x.view_as(x) for x in self.inputs]
-                self._dense = self._function(*self._aliases)
-        return self._dense.detach()
+    def unchanged(self) -> bool:
+        """Whether the inputs are what they were when the tensor was made."""
+        # Some optimizers write without a new version, through `.data` or in kernels of their own.
+        return self._versions == self._current_versions() and all(
+            map(_identical, self._fingerprints, self._current_fingerprints())
+        )
 
-    def gradients(self, grad: Tensor, needed: tuple[bool, ...]) -> list[Tensor | None]:
-        """Those of the inputs that are needed, for the gradient of the dense tensor."""
-        if self._dense is None:
-            self.compute("backward")
+    def require_same_versions(self) -> None:
+        """Raise RuntimeError if an input that the gradient depends on has been written to, as autograd does."""
         if self._versions != self._current_versions():
-            raise RuntimeError(f"an input of {self.name} has been modified by an inplace operation before its gradient")
-        wanted = [x for x, need in zip(self._aliases, needed, strict=True) if need]
-        options = {"retain_graph": True, "create_graph": torch.is_grad_enabled(), "allow_unused": True}
-        found = iter(torch.autograd.grad(self._dense, wanted, grad, **options))
-        return [next(found) if need else None for need in needed]
+            raise RuntimeError(
+                f"one of the tensors that {self.name} depend on has been modified by an inplace operation, so that "
+                "their gradient can no longer be computed: call `backward` before `optimizer.step()`"
+            )
 
     def _current_versions(self) -> list[int]:
         return [0 if x is None or x.is_inference() else x._version for x in self.inputs]
 
-    def _current_fingerprints(self) -> list[Tensor]:
+    def _current_fingerprints(self) -> list[Tensor | None]:
         return [_fingerprint(x) for x in self.inputs if x is not None and x.is_leaf]
 
 
-def _fingerprint(x: Tensor) -> Tensor:
-    """At most `FINGERPRINT_NUMEL` elements from all over `x`; none where there are none to compare."""
+def _fingerprint(x: Tensor) -> Tensor | None:
+    """At most `FINGERPRINT_NUMEL` elements from all over `x`; None where there are none to compare."""
     # FSDP may have taken the memory away again.
     gone = x.is_meta or isinstance(x, FakeTensor) or type(x) not in (Tensor, torch.nn.Parameter)
     if gone or x.untyped_storage().size() == 0 or not x.numel():
-        return torch.empty(0)
-    with torch.no_grad(), torch._C.DisableTorchFunction():
+        return None
+    with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
         places = torch.arange(0, x.numel(), -(-x.numel() // FINGERPRINT_NUMEL), device=x.device)
         return x.detach()[torch.unravel_index(places, x.shape)]
 
 
-def _identical(x: Tensor, y: Tensor) -> bool:
+def _identical(x: Tensor | None, y: Tensor | None) -> bool:
+    if x is None or y is None:
+        return True
     return torch.equal(x, y) or torch.allclose(x, y, rtol=0, atol=0, equal_nan=True)
-
-
-def _unchanged(x: Tensor) -> Tensor:
-    return x
 
 
 class Elements:
@@ -123,10 +115,16 @@ class Elements:
     """
 
     def __init__(self, make: Callable[[str], Tensor], owner: Elements | None = None) -> None:
-        self.owner = owner or self
+        self._view_of = owner
         self._make: Callable[[str], Tensor] | None = make
         self._values: Tensor | None = None
         self._copies: WeakSet[Elements] = WeakSet()
+        self._shared = False
+
+    @property
+    def owner(self) -> Elements:
+        """Whose memory they lie in."""
+        return self._view_of or self
 
     @property
     def there(self) -> bool:
@@ -140,15 +138,27 @@ class Elements:
             self._make = None
         return self._values
 
+    def handed_out(self, asked_by: str) -> Tensor:
+        """As `get`, for whoever may write to it."""
+        self.share()
+        return self.get(asked_by).detach()
+
     def then(self, function: Callable[[Tensor], Tensor], view: bool) -> Elements:
         """Those of `function` of these; `view`: in the same memory."""
         result = Elements(lambda asked_by: function(self.get(asked_by)), self.owner if view else None)
         if not view:
-            self.owner._copies.add(result)
+            if self.owner._shared:
+                result.get("a copy")
+            else:
+                self.owner._copies.add(result)
         return result
 
-    def before_write(self) -> None:
-        """Compute what was put off and reads this memory."""
+    def share(self) -> None:
+        """To be called before the memory can be written to: compute what was put off and reads it.
+
+        As nobody tells when that happens, copies are made at once from now on.
+        """
+        self.owner._shared = True
         for other in list(self.owner._copies):
             other.get("a change in place")
         self.owner._copies.clear()
@@ -168,6 +178,7 @@ class _Deferred(torch.autograd.Function):
         needed = ctx.needs_input_grad[2:]
         if grad is None:
             return (None,) * (2 + len(needed))
+        ctx.computation.require_same_versions()
         return None, None, *ctx.computation.gradients(grad, needed)
 
 
@@ -176,10 +187,37 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: LazyTensor, asked_by: str) -> Tensor:
-        return x._elements.get(asked_by).detach()
+        return x._elements.handed_out(asked_by)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Step(torch.autograd.Function):
+    """`function(x)` of a lazy tensor, where autograd would save the result: for a tensor that may never be computed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: LazyTensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.x, ctx.version, ctx.function = x, x._version, function
+        ctx.autocast = current_autocast(x.device.type)
+        ctx.set_materialize_grads(False)
+        return function(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+        if grad is None:
+            return None, None
+        x = ctx.x
+        if x._version != ctx.version:
+            raise RuntimeError(
+                "logits that a gradient is computed from have been modified by an inplace operation: change a clone"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            with torch.enable_grad(), ctx.autocast:
+                x = x.view_as(x)
+                y = ctx.function(x)
+            (grad,) = torch.autograd.grad(y, x, grad, create_graph=torch.is_grad_enabled())
         return grad, None
 
 
@@ -239,7 +277,7 @@ class LazyTensor(Tensor):
         """
         computation = description.computation
         device = computation.inputs[0].device
-        elements = Elements(computation.compute)
+        elements = Elements(computation.elements)
 
         def make() -> LazyTensor:
             return cls._wrap(elements, like, device)
@@ -286,6 +324,29 @@ class LazyTensor(Tensor):
             )
         self._watched = True
 
+    def _as_described_or_plainly(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        description = self.description
+        take, step = description.results.get(func), description.steps.get(func)
+        if _accepts(take, args, kwargs) and self._as_described() and description.computation.unchanged():
+            # Where an input has changed, elements that are there are still right, and others tell that.
+            result = take(*args, **kwargs)
+            if result is not NotImplemented:
+                if torch.is_grad_enabled() and result.requires_grad:
+                    self._pass_by()
+                return result
+        if not _accepts(step, args, kwargs) or not self._as_described():
+            return _plainly(func, args, kwargs)
+        described = step(*args, **kwargs)
+        if described is NotImplemented:
+            return _plainly(func, args, kwargs)
+        if func in _SAVES_ITS_RESULT:
+            result = _Step.apply(self, lambda x: _plainly(func, (x, *args[1:]), kwargs))
+        else:
+            result = _plainly(func, args, kwargs)
+        if isinstance(result, LazyTensor) and result is not self:
+            result._describe(described, self)
+        return result
+
     # A compiled loss breaks its graph at each function of a lazy tensor, and goes on with the dense result.
     @classmethod
     @torch.compiler.disable(reason="the elements of lazy tensors are computed when they are read")
@@ -309,36 +370,24 @@ class LazyTensor(Tensor):
                 x._elements.get(_name(func))
                 # Writing to `.data` makes no new version.
                 x._watched = x._watched or func == _DATA
-            elif x._as_described():
-                if (take := x.description.results.get(func)) is not None:
-                    result = take(*args, **kwargs)
-                    if result is not NotImplemented:
-                        if torch.is_grad_enabled() and result.requires_grad:
-                            x._pass_by()
-                        return result
-                if (step := x.description.steps.get(func)) is not None:
-                    described = step(*args, **kwargs)
-                    result = _plainly(func, args, kwargs)
-                    if described is not NotImplemented and isinstance(result, LazyTensor) and result is not x:
-                        result._describe(described, x)
-                    return result
+            elif x.description is not None:
+                return x._as_described_or_plainly(func, args, kwargs)
         return _plainly(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[-1]
+        if torch.Tag.inplace_view in func.tags:
+            raise RuntimeError(f"`{name}` gives logits that razor returned another shape in place: do it out of place")
         if func in _VIEWS or func in _COPIES:
             result = _put_off(func, args, kwargs)
             if result is not NotImplemented:
                 return result
         lazy = [x for x in tree_leaves((args, kwargs)) if isinstance(x, LazyTensor)]
-        # Autograd is above, and has to come back for what is computed in a graph of its own.
-        with enable_reentrant_dispatch():
+        if func._schema.is_mutable or any(value.alias_info is not None for value in func._schema.returns):
             for x in lazy:
-                if func._schema.is_mutable:
-                    x._elements.before_write()
-                x._elements.get(name)
+                x._elements.share()
         owners = {id(x._elements.get(name)): x for x in lazy}
 
         def values(x: Any) -> Any:
@@ -353,6 +402,17 @@ def _plainly(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """As for any tensor; autograd sees the lazy ones, and the elements are asked for below it."""
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
+
+
+def _accepts(function: Callable[..., Any] | None, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether there is such a function, and it knows these arguments."""
+    if function is None:
+        return False
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def _whole(x: Any, asked_by: str) -> Any:
@@ -381,7 +441,7 @@ def _put_off(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     if not isinstance(x, LazyTensor) or not small or kwargs.get("device") not in (None, x.device):
         return NotImplemented
     if func is torch.ops.aten.detach.default and x._elements.there:
-        return x._elements.get("detach").detach()
+        return x._elements.handed_out("detach")
     others = [y.detach().clone() if isinstance(y, Tensor) else y for y in others]
     # On the meta device everything but the elements is found out.
     meta = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
@@ -414,6 +474,7 @@ def widened_dtype(x: Tensor, *args: Any, **kwargs: Any) -> torch.dtype | None:
 
 _GRAD_FN = Tensor.grad_fn.__get__
 _LOOKS_AT_GRADIENT = frozenset((Tensor.register_hook, Tensor.retain_grad, Tensor.grad.__get__))
+_SAVES_ITS_RESULT = frozenset((torch.tanh, Tensor.tanh, F.log_softmax, torch.log_softmax, Tensor.log_softmax))
 _DATA = Tensor.data.__get__
 _DETACHES = frozenset((Tensor.detach, torch.detach, _DATA))
 _READS_MEMORY = frozenset(

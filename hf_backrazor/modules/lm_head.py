@@ -17,14 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers.utils import logging
 
 from ..functional import linear_cross_entropy
 from ..functional.precision import autocast_is_on, current_autocast
 from .lazy import Computation, Description, LazyTensor, widened_dtype
 from .linear import RazorLinear
-
-logger = logging.get_logger(__name__)
 
 
 class RazorLMHead(RazorLinear):
@@ -63,42 +60,66 @@ def _leaves_after_forward(head: nn.Module) -> bool:
     return getattr(group, "_reshard_after_forward", True)
 
 
+class HeadComputation(Computation):
+    """`hidden weight^T + bias`.
+
+    Args:
+        hidden: `(..., features)`.
+        weight: `(classes, features)`.
+        bias: `(classes,)` or None.
+        dtype: that it is computed in, which autocast may choose.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__((hidden, weight, bias), f"the logits of the head with {weight.shape[0]} outputs")
+        self._dtype = dtype
+
+    def forward(self, *inputs: Tensor | None) -> Tensor:
+        """See `Computation.forward`."""
+        return F.linear(*(None if x is None else x.to(self._dtype) for x in inputs))
+
+    def gradients(self, grad: Tensor, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+        """See `Computation.gradients`."""
+        hidden, weight, bias = self.inputs
+        rows = grad.reshape(-1, grad.shape[-1])
+        with torch.autocast(grad.device.type, enabled=False):
+            return (
+                (grad @ weight.to(self._dtype)).to(hidden.dtype) if needed[0] else None,
+                (rows.t() @ hidden.to(self._dtype).reshape(rows.shape[0], -1)).to(weight.dtype) if needed[1] else None,
+                rows.sum(0).to(bias.dtype) if needed[2] else None,
+            )
+
+    def elements(self, asked_by: str) -> Tensor:
+        """See `Computation.elements`."""
+        if self._weight_is_gone():
+            raise RuntimeError(
+                f"{self.name} are asked for when FSDP has sharded its weight again: give the model labels, so that it "
+                "takes the loss in its forward, read the logits before backward, and shard the whole model without "
+                "`reshard_after_forward=True`"
+            )
+        return super().elements(asked_by)
+
+    def unchanged(self) -> bool:
+        """See `Computation.unchanged`."""
+        return not self._weight_is_gone() and super().unchanged()
+
+    def _weight_is_gone(self) -> bool:
+        weight = self.inputs[1]
+        return weight.untyped_storage().size() == 0 < weight.numel()
+
+
 class LazyLogits(LazyTensor):
     """`hidden weight^T + bias`, not computed yet; the cross entropy of it is taken tile by tile."""
 
     @staticmethod
     def __new__(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> LazyLogits:
         """See `Logits`."""
-        name = f"the logits of the head with {weight.shape[0]} outputs"
-
-        def notice(asked_by: str) -> None:
-            logger.warning_once(
-                f"{name} are computed whole, as `{asked_by}` asks for them; "
-                "`torch.nn.functional.cross_entropy` over class numbers does without"
-            )
-
         # As the plain head's, under autocast as well.
         dtype = F.linear(hidden[..., :0, :].detach(), weight[:1].detach()).dtype
         like = torch.empty((*hidden.shape[:-1], weight.shape[0]), dtype=dtype, device="meta")
-        # The loss may be computed, and the logits asked for, outside of the autocast that the head was called in.
+        # The loss may be computed outside of the autocast that the head was called in.
         autocast = current_autocast(hidden.device.type)
-        computation = HeadComputation(F.linear, (hidden, weight, bias), name, notice, autocast)
-        return cls.deferred(Logits(computation, hidden, weight, bias, autocast), like)
-
-
-class HeadComputation(Computation):
-    """Of logits, with a weight that FSDP may have taken away."""
-
-    def require_unchanged(self) -> None:
-        """See `Computation.require_unchanged`."""
-        weight = self.inputs[1]
-        if weight.untyped_storage().size() == 0 < weight.numel():
-            raise RuntimeError(
-                f"{self.name} are asked for when FSDP has sharded its weight again: give the model labels, so that it "
-                "takes the loss in its forward, read the logits before backward, and shard the whole model without "
-                "`reshard_after_forward=True`"
-            )
-        super().require_unchanged()
+        return cls.deferred(Logits(HeadComputation(hidden, weight, bias, dtype), hidden, weight, bias, autocast), like)
 
 
 class Elementwise(tuple[Callable[[Tensor], Tensor], ...]):
@@ -146,7 +167,6 @@ class Logits(Description):
         self, labels: Tensor, ignore_index: int, label_smoothing: float, reduction: str, differentiable: bool
     ) -> Tensor:
         """Their cross entropy; see `linear_cross_entropy`."""
-        self.computation.require_unchanged()
         hidden = self.hidden.reshape(-1, self.hidden.shape[-1])
         # Widening the loss does by itself.
         f = None if all(isinstance(step, _Widening) for step in self.f) else self.f
@@ -184,7 +204,7 @@ class LogProbs(Description):
     def of_labels(self, labels: Tensor, label_smoothing: float, differentiable: bool) -> Tensor:
         """That of each token's label, or with a smoothing of 1 the mean over all classes: as `labels`."""
         # No label is ignored: gather refuses negative ones.
-        loss = self.logits.loss(labels, -1, label_smoothing, "none", differentiable)
+        loss = self.logits.loss(labels, torch.iinfo(labels.dtype).min, label_smoothing, "none", differentiable)
         return -self.sign * loss.view(labels.shape)
 
 

@@ -9,14 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from ..functional import Resizing, interpolated_cross_entropy
-from ..functional.precision import autocast_is_on, current_autocast
+from ..functional.precision import autocast_is_on
 from .base import RazorModule, class_source
 from .lazy import Computation, Description, LazyTensor, widened_dtype
-
-logger = logging.get_logger(__name__)
 
 _RESIZES, _TAKES_LOSS = re.compile(r"\binterpolate\("), re.compile(r"\b(?:CrossEntropyLoss|cross_entropy)\(")
 
@@ -45,31 +42,48 @@ class Resized(Description):
     resizing: Resizing
 
 
+class ResizingComputation(Computation):
+    """`interpolate(logits, ...)`.
+
+    Args:
+        logits: `(batch, classes, height, width)`.
+        resizing: what becomes of height and width.
+        dtype: that it is computed in, which autocast may choose.
+    """
+
+    def __init__(self, logits: Tensor, resizing: Resizing, dtype: torch.dtype) -> None:
+        super().__init__((logits,), f"the resized logits {(*logits.shape[:2], *resizing.size)}")
+        self._resizing, self._dtype = resizing, dtype
+
+    def forward(self, *inputs: Tensor | None) -> Tensor:
+        """See `Computation.forward`."""
+        return resize(inputs[0].to(self._dtype), self._resizing)
+
+    def gradients(self, grad: Tensor, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+        """See `Computation.gradients`."""
+        # Resizing once more takes little time, and keeps nothing in between.
+        with torch.enable_grad():
+            logits = self.inputs[0].view_as(self.inputs[0])
+            resized = self.forward(logits)
+        return torch.autograd.grad(resized, logits, grad, create_graph=torch.is_grad_enabled())
+
+
 class LazyResizedLogits(LazyTensor):
     """`interpolate(logits, ...)`, not computed yet; its cross entropy is taken band by band."""
 
     @staticmethod
     def __new__(cls, logits: Tensor, resizing: Resizing) -> LazyResizedLogits:
         """See `Resized`."""
-        size, mode, align_corners = resizing
-
-        def resize(logits: Tensor) -> Tensor:
-            return F.interpolate(logits, size, mode=mode, align_corners=align_corners)
-
-        name = f"the resized logits {(*logits.shape[:2], *size)}"
-
-        def notice(asked_by: str) -> None:
-            logger.warning_once(
-                f"{name} are computed whole, as `{asked_by}` asks for them; "
-                "`torch.nn.functional.cross_entropy` over class numbers does without"
-            )
-
-        autocast = current_autocast(logits.device.type)
-        computation = Computation(resize, (logits,), name, notice, autocast)
-        meta = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device="meta")
         with torch._C.DisableTorchFunction():
-            like = resize(meta)
-        return cls.deferred(Resized(computation, logits, resizing), like)
+            dtype = resize(logits.detach()[:1, :1, :1, :1], resizing._replace(size=(1, 1))).dtype
+            meta = torch.empty_strided(logits.shape, logits.stride(), dtype=dtype, device="meta")
+            like = resize(meta, resizing)
+        return cls.deferred(Resized(ResizingComputation(logits, resizing, dtype), logits, resizing), like)
+
+
+def resize(logits: Tensor, resizing: Resizing) -> Tensor:
+    """`interpolate` as `resizing` says."""
+    return F.interpolate(logits, resizing.size, mode=resizing.mode, align_corners=resizing.align_corners)
 
 
 def _cross_entropy(
