@@ -171,7 +171,7 @@ def multiplied_in_place(z: Tensor) -> Tensor:
 def added_through_a_transposed_view(z: Tensor) -> Tensor:
     transposed = z.transpose(1, -1)
     before = z.clone()
-    transposed.add_(z.detach().sin())
+    transposed.add_(z.detach().sin().transpose(1, -1))
     return cross_entropy(z) + cross_entropy(before)
 
 
@@ -327,7 +327,9 @@ def assert_same(model: nn.Module, expected: nn.Module, way: Callable[[Tensor], T
     for key, gradient in expected_gradients.items():
         assert (gradients[key] is None) == (gradient is None), key
         if gradient is not None:
-            torch.testing.assert_close(gradients[key], gradient, msg=lambda text, key=key: f"{key}: {text}")
+            # Gemma's norms compute in float32.
+            options = {"rtol": 1e-5, "atol": 1e-6, "msg": lambda text, key=key: f"{key}: {text}"}
+            torch.testing.assert_close(gradients[key], gradient, **options)
 
 
 @pytest.mark.parametrize("name", MODELS)
