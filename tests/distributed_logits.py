@@ -35,7 +35,7 @@ def outside(outputs: Any, labels: Tensor) -> Tensor:
 
 
 def smoothed(outputs: Any, labels: Tensor) -> Tensor:
-    return LabelSmoother(0.2)(outputs, {"labels": labels})
+    return LabelSmoother(0.2)(outputs, labels)
 
 
 LOSSES: dict[str, Callable[[Any, Tensor], Tensor]] = {"outside": outside, "smoothed": smoothed}
