@@ -214,7 +214,7 @@ def logits_of_sharded_weights(mesh: DeviceMesh) -> dict[str, str]:
     logits = sharded(input_ids=batch["input_ids"]).logits
     for label, ask in {
         "loss": lambda: nn.functional.cross_entropy(logits.view(-1, VOCABULARY), batch["labels"].view(-1)),
-        "logits": lambda: logits + 1,
+        "logits": lambda: logits.sum(),
     }.items():
         try:
             ask()
