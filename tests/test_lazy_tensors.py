@@ -49,7 +49,7 @@ def bert() -> nn.Module:
     return hf.BertForMaskedLM(config)
 
 
-def segformer() -> nn.Module:
+def segmentation() -> nn.Module:
     """One that returns its logits resized."""
 
     class Resized(nn.Module):
@@ -68,7 +68,7 @@ def segformer() -> nn.Module:
     return Resized()
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"gpt2": gpt2, "gemma2": gemma2, "bert": bert, "segmentation": segformer}
+MODELS: dict[str, Callable[[], nn.Module]] = {"gpt2": gpt2, "gemma2": gemma2, "bert": bert, "segmentation": segmentation}
 
 
 def make(name: str) -> nn.Module:
