@@ -68,7 +68,12 @@ def segmentation() -> nn.Module:
     return Resized()
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"gpt2": gpt2, "gemma2": gemma2, "bert": bert, "segmentation": segmentation}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "gpt2": gpt2,
+    "gemma2": gemma2,
+    "bert": bert,
+    "segmentation": segmentation,
+}
 
 
 def make(name: str) -> nn.Module:
