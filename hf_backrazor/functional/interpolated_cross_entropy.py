@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from .labels import check_labels
 from .precision import accumulate_dtype
 
 # Resized logits in a band: 4 MiB in float32 on a CPU, near its cache.
@@ -66,7 +67,7 @@ def interpolated_cross_entropy(
 
     Raises:
         ValueError: `labels` are not of the resized logits' size.
-        IndexError: a label is neither a class nor `ignore_index`.
+        IndexError: a label is neither a class nor `ignore_index`; on a GPU an assertion fails there instead.
     """
     if labels.shape != (logits.shape[0], *resizing.size):
         raise ValueError(
@@ -74,10 +75,8 @@ def interpolated_cross_entropy(
             "pixel of the resized logits"
         )
     counted = labels != ignore_index
+    check_labels(labels, logits.shape[1], counted)
     known = labels.where(counted, 0)
-    if labels.device.type == "cpu" and labels.numel():  # elsewhere asking would wait for the device
-        low, high = known.aminmax()
-        torch._assert_async(((low >= 0) & (high < logits.shape[1])).all(), "Target is out of bounds.")
     dtype = accumulate_dtype(logits)
     each = counted.to(dtype) if weight is None else weight.detach().to(dtype)[known].where(counted, 0)
     total = _InterpolatedCrossEntropy.apply(logits, known, counted, each, resizing, weight, label_smoothing)
