@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
+from .differentiation import once_differentiable
 from .labels import check_labels
 from .precision import accumulate_dtype, current_autocast
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..functional import linear_cross_entropy
-from ..functional.precision import autocast_is_on, current_autocast
+from ..functional.precision import autocast_is_on, current_autocast, without_autocast
 from .lazy import Computation, Description, LazyTensor, widened_dtype
 from .linear import RazorLinear
 
@@ -37,13 +37,14 @@ class RazorLMHead(RazorLinear):
     # The compiler traces the plain head: it knows nothing of a tensor that is not there yet.
     __call__ = nn.Module.__call__
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """As the plain module; in training the logits are computed when they are needed."""
         if torch.compiler.is_compiling():
-            return self.plain_class.forward(self, x)
-        if not self.razor_active(x, self.weight) or not self.worth_packing(x) or _leaves_after_forward(self):
-            return super().forward(x)
-        return LazyLogits(x, self.weight, self.bias)
+            return self.plain_class.forward(self, input)
+        active = self.razor_active(input, parameters=("weight",)) and self.worth_packing(input)
+        if not active or _leaves_after_forward(self):
+            return super().forward(input)
+        return LazyLogits(input, self.weight, self.bias)
 
     def razor_repr(self) -> str:
         """See `RazorModule.razor_repr`."""
@@ -52,7 +53,7 @@ class RazorLMHead(RazorLinear):
 
 def _leaves_after_forward(head: nn.Module) -> bool:
     """Whether the head's weight is gone, as it is sharded, when the loss needs it."""
-    if hasattr(head.weight, "ds_id"):  # ZeRO-3
+    if hasattr(head._parameters.get("weight"), "ds_id"):  # ZeRO-3
         return True
     if not isinstance(head, FSDPModule):  # FSDP2 leaves what it gathered with the model itself
         return False
@@ -82,7 +83,7 @@ class HeadComputation(Computation):
         """See `Computation.gradients`."""
         hidden, weight, bias = self.inputs
         rows = grad.reshape(-1, grad.shape[-1])
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device.type):
             return (
                 (grad @ weight.to(self._dtype)).to(hidden.dtype) if needed[0] else None,
                 (rows.t() @ hidden.to(self._dtype).reshape(rows.shape[0], -1)).to(weight.dtype) if needed[1] else None,
