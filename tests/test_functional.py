@@ -35,7 +35,7 @@ from hf_backrazor.functional.activation import (
     cell_tables,
     leaky_relu,
 )
-from hf_backrazor.functional.sharing import pack_shared
+from hf_backrazor.functional.sharing import origin_of, pack_shared
 from hf_backrazor.packing import PackSpec, decode_cells, encode_cells
 from hf_backrazor.packing.layout import SLICE_NUMEL, UNPACK_NUMEL
 
@@ -225,6 +225,19 @@ def test_activation_of_hardly_anything(shape: tuple[int, ...], bits: int) -> Non
     (grad,) = torch.autograd.grad(y.sum(), x)
     assert grad.shape == shape
     assert pack_shared(y, PackSpec(0.99, bits=2)).unpack().shape == shape
+
+
+def test_cells_of_rows_that_are_cut_or_joined() -> None:
+    """Pieces of a row are coded at its scale. Rows that become one have several: they are packed anew."""
+    x = (torch.randn(3, 4, 6, 8) * torch.logspace(-3, 2, 12).view(3, 4, 1, 1)).requires_grad_()
+    origin = origin_of(activation(x * 1.0, F.gelu, GELU, 4))
+    assert origin.layout.matrix == (12, 48)
+    pieces = origin.layout.regrouped(origin.parts, (72, 8))
+    assert pieces.layout.matrix == (72, 8)
+    assert torch.equal(pieces.unpack(), origin.unpack())
+    assert torch.equal(pieces.layout.unpack_rows(pieces.parts, 7, 9, x.dtype), origin.unpack().view(72, 8)[7:9])
+    assert origin.layout.regrouped(origin.parts, (6, 96)) is None
+    assert origin.layout.regrouped(origin.parts, (18, 32)) is None
 
 
 def test_activation_with_a_learnable_parameter() -> None:
