@@ -32,16 +32,16 @@ DEVIATIONS = tuple(1.25 * 2 ** (member / 2) for member in range(-32, 16))
 # In deviations: the mean of inputs, and what the cells' steps cover. Inputs of GELU, on the pretrained MiniLM-L6 and
 # ViT-S, have means of -0.2 to -1.5 and deviations of 0.9 to 2 by layer; gates of SmolLM2-135M have deviations of 0.3 to
 # 1.2 and means of -0.75 to 0.05 deviations. With cells for a mean of 0, the derivative has a sixth more error on MiniLM
-# and SmolLM2. Divisions for three ratios of mean and deviation, chosen by row, take 11 and 4 % off the output's error in
-# 4 bits, and are thrice as many.
+# and SmolLM2. Divisions for three ratios of mean and deviation, chosen by row, take 11 and 4 % off the output's error
+# in 4 bits, and are thrice as many.
 MEAN, REACH = -0.4, 4.0
 
 # Cells begin with every second step. The search takes a quarter of the time, and finds what is as good.
 STRIDE = 2
 
 # How much an error of the derivative counts, relative to its mean square, against one of the output, relative to its
-# variance. The first is carried into all layers below, the second stays in one weight gradient. Errors in 3 bits, in root
-# mean square, of derivative and output: on MiniLM-L6 0.141 and 0.215 at two, 0.131 and 0.214 at four; on SmolLM2-135M
+# variance. The first is carried into all layers below, the second stays in one weight gradient. Root mean square errors
+# in 3 bits, of derivative and output: on MiniLM-L6 0.141 and 0.215 at two, 0.131 and 0.214 at four; on SmolLM2-135M
 # 0.099 and 0.153 at two, 0.094 and 0.159 at four.
 DERIVATIVE_WEIGHT = 4.0
 
