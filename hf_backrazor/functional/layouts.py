@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..packing import (
+    CellCodes,
     Cells,
+    CellTable,
     Integers,
     Kept,
     Layout,
@@ -22,7 +24,7 @@ from ..packing import (
     RowMap,
     SparseLayout,
     decode_cells,
-    decode_integers,
+    decode_cells_as_integers,
     unpack_bits,
 )
 
@@ -146,10 +148,11 @@ class RectifiedLayout(Layout):
 
 @dataclass(frozen=True)
 class CellLayout(Layout):
-    """A function of a tensor of which only the cells are known that its elements lie in. Own part: the codes.
+    """A function of a tensor of which only the cells are known that its elements lie in. Own parts: `CellCodes`.
 
     Attributes:
         columns: elements in a row.
+        cells: the divisions that a row's cells may be of.
         table: what the function is taken for in each cell.
     """
 
@@ -157,7 +160,7 @@ class CellLayout(Layout):
     dtype: torch.dtype
     columns: int
     cells: Cells
-    table: tuple[float, ...]
+    table: CellTable
 
     sliceable = True
     coarse = True
@@ -172,20 +175,26 @@ class CellLayout(Layout):
         if matrix == self.matrix:
             return Packed(self, tuple(parts))
         rows, columns = matrix
-        # Where rows end with a byte, codes run on from row to row. Those of three bits are two planes in each row.
-        if self.cells.bits == 3 or columns * self.cells.bits % 8 or self.columns * self.cells.bits % 8:
+        # Where rows end with a byte, codes run on from row to row. Those of three bits are two planes in each row. Rows
+        # that become one may be coded by different divisions.
+        if self.cells.bits == 3 or not columns or self.columns % columns or columns * self.cells.bits % 8:
             return None
-        return Packed(replace(self, columns=columns), (parts[0].view(rows, -1),))
+        fields, member = parts
+        return Packed(
+            replace(self, columns=columns), (fields.view(rows, -1), member.repeat_interleave(self.columns // columns))
+        )
 
     def unpack_rows(self, parts: Sequence[Tensor], start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """See `Layout.unpack_rows`."""
-        return decode_cells(parts[0][start:stop], self.matrix[1], self.cells, self.table, dtype)
+        fields, member = parts
+        codes = CellCodes(fields[start:stop], member[start:stop])
+        return decode_cells(codes, self.matrix[1], self.cells, self.table, dtype)
 
     def integers(self, parts: Sequence[Tensor], kept: Kept | None = None) -> Integers | None:
         """See `Layout.integers`. What is `kept` exactly takes the place of the codes there."""
         if self.cells.bits == 8:
             return None
-        return decode_integers(parts[0], self.matrix[1], self.cells.bits, self.table, None, kept)
+        return decode_cells_as_integers(CellCodes(*parts[:2]), self.matrix[1], self.cells, self.table, kept)
 
 
 @dataclass(frozen=True)
