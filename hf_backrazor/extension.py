@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any, ClassVar
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 
 class Extension:
@@ -51,21 +52,35 @@ def _extended_class(extensions: tuple[type[Extension], ...], plain_class: type[n
 
 
 def extend(module: nn.Module, extension: type[Extension]) -> None:
-    """Make `extension` the first base of `module`'s class."""
-    if "extensions" in vars(type(module)):
-        extensions, plain_class = module.extensions, module.plain_class
-    else:
-        extensions, plain_class = (), type(module)
-    module.__class__ = _extended_class((extension, *extensions), plain_class)
+    """Make `extension` the first base of `module`'s class.
+
+    Of a parametrized module (`torch.nn.utils.parametrize`), that is the class which it had before: torch's own stays on
+    top, as it is taken off again by its first base.
+    """
+    top = type(module)
+    base = top.__bases__[0] if is_parametrized(module) and top.__name__.startswith("Parametrized") else top
+    extensions, plain_class = (base.extensions, base.plain_class) if "extensions" in vars(base) else ((), base)
+    module.__class__ = _rebased(top, base, _extended_class((extension, *extensions), plain_class))
 
 
 def restore(module: nn.Module, *kinds: type[Extension]) -> None:
-    """Undo `extend` for extensions of these kinds; others stay."""
-    kept = tuple(extension for extension in module.extensions if not issubclass(extension, kinds))
-    plain_class = module.plain_class
-    module.__class__ = plain_class
-    for extension in reversed(kept):
-        extend(module, extension)
+    """Undo `extend` for extensions of these kinds; others stay, and so does what torch put on top meanwhile."""
+    for base in type(module).__mro__:
+        if "extensions" in vars(base) and any(issubclass(extension, kinds) for extension in base.extensions):
+            kept = tuple(extension for extension in base.extensions if not issubclass(extension, kinds))
+            below = _extended_class(kept, base.plain_class) if kept else base.plain_class
+            module.__class__ = _rebased(type(module), base, below)
+            restore(module, *kinds)
+            return
+
+
+def _rebased(cls: type, old: type, new: type) -> type:
+    """`cls`, which derives from `old`, deriving from `new` instead."""
+    if cls is old:
+        return new
+    bases = tuple(_rebased(base, old, new) if issubclass(base, old) else base for base in cls.__bases__)
+    members = {name: member for name, member in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, bases, members)
 
 
 def _rebuild(extensions: tuple[type[Extension], ...], plain_class: type[nn.Module]) -> nn.Module:

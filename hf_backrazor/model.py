@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import inspect
 import os
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -11,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import nn
 
 from .config import RazorConfig
@@ -19,7 +23,7 @@ from .model_card import TAG, write_section
 from .modules import OPERATORS, RazorInline, RazorLMHead, RazorModule, RazorOutermost
 from .report import MemoryReport, measure_saved_bytes
 from .targets import matches_target, unmatched_targets
-from .watch import watch_first_forward
+from .watch import is_first_forward, watched_forward
 
 if TYPE_CHECKING:
     _Module = nn.Module
@@ -38,14 +42,20 @@ class RazorModel(Extension, _Module):
 
     razor_config: RazorConfig
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the plain model's; the first training forward is watched (see `watched_forward`)."""
+        if torch.compiler.is_compiling() or "_razor_unwatched" not in self.__dict__ or not is_first_forward(self):
+            return super().__call__(*args, **kwargs)
+        del self._razor_unwatched
+        return watched_forward(self, super().__call__, *args, **kwargs)
+
     def razor_modules(self) -> Iterator[tuple[str, RazorModule]]:
         """Names and modules that save packed activations."""
         return ((name, module) for name, module in self.named_modules() if isinstance(module, RazorModule))
 
     def unload(self) -> nn.Module:
         """Turn the model back into what it was before `get_razor_model`, weights as they are now, and return it."""
-        if watch := self.__dict__.pop("_razor_watch", None):
-            watch.remove()
+        self.__dict__.pop("_razor_unwatched", None)
         for module in list(self.modules()):
             if isinstance(module, RazorModel):
                 module.__dict__.pop("razor_config", None)
@@ -147,6 +157,7 @@ def get_razor_model(model: Model, config: RazorConfig | None = None) -> Model:
 
     # What PEFT's `merge_and_unload` will return is a razor model too.
     whole = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]
+    _take_copies(model)
     heads = _heads(model)
     replaced: dict[str, tuple[nn.Module, type[RazorModule]]] = {}
     skipped: dict[str, list[str]] = defaultdict(list)
@@ -186,8 +197,45 @@ def get_razor_model(model: Model, config: RazorConfig | None = None) -> Model:
         prepared.razor_config = config
         if hasattr(prepared, "add_model_tags"):  # of cards that Trainer writes
             prepared.add_model_tags(TAG)
-    model._razor_watch = watch_first_forward(model)
+    model._razor_unwatched = True
     return model
+
+
+def _take_copies(model: nn.Module) -> None:
+    """Give `model` copies of modules that belong to no model.
+
+    All models of some architectures hold one object, `transformers.activations.gelu`: preparing that would change them
+    all.
+    """
+    common = _common_modules(model)
+    copies: dict[nn.Module, nn.Module] = {}
+    for owner in list(model.modules()):
+        for name, child in owner._modules.items():
+            if child in common:
+                owner._modules[name] = copies.setdefault(child, copy.deepcopy(child))
+
+
+def _common_modules(model: nn.Module) -> set[nn.Module]:
+    """Modules without state that Python modules and signatures hold, where the classes of `model` were written.
+
+    Not those of the script that runs: what is made there is its author's to share.
+    """
+    classes = {cls for module in model.modules() for cls in type(module).__mro__}
+    held: list[Any] = []
+    for source in {cls.__module__ for cls in classes} - {"__main__"}:
+        held += vars(sys.modules[source]).values() if source in sys.modules else ()
+    for cls in classes:
+        if inspect.isfunction(cls.__init__):
+            held += cls.__init__.__defaults__ or ()
+            held += (cls.__init__.__kwdefaults__ or {}).values()
+    for collection in [each for each in held if type(each) in (dict, list, tuple)]:
+        held += collection.values() if isinstance(collection, dict) else collection
+    inside = {module for module in model.modules() if _has_no_state(module)}
+    return {each for each in held if isinstance(each, nn.Module) and each in inside and each is not model}
+
+
+def _has_no_state(module: nn.Module) -> bool:
+    return not any(True for held in (module.parameters(), module.buffers(), module.children()) for _ in held)
 
 
 def _heads(model: nn.Module) -> set[nn.Module | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,37 +16,29 @@ from torch.utils.hooks import RemovableHandle
 from .modules import RazorLMHead, RazorModule
 
 
-def watch_first_forward(model: nn.Module) -> RemovableHandle:
-    """Warn, in the first training forward of `model`, of what razor cannot see or do there.
+def is_first_forward(model: nn.Module) -> bool:
+    """Whether a call of `model` now would be a training forward with its own weights, so that it shows something."""
+    # In an estimate other tensors are in place of the weights.
+    return model.training and torch.is_grad_enabled() and detect_fake_mode() is None
+
+
+def watched_forward(model: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`forward(*args, **kwargs)` of `model`, with warnings of what razor cannot see or do there.
 
     - Layers whose weight is used without the layer being called: what that computation saves stays dense.
     - Activation checkpointing: it saves next to nothing already, so that razor gains little.
     - A cache of keys and values: it keeps them whole, beside the packed ones.
-
-    Returns:
-        The hook's handle, which the model must hold as `_razor_watch`.
     """
-
-    return model.register_forward_pre_hook(_before_forward, with_kwargs=True)
-
-
-# A function of the module, not a closure: models are pickled and copied with their hooks.
-def _before_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    if not (model.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
-        return
-    if detect_fake_mode() is not None:  # an estimate, with other tensors in place of the weights
-        return
-    model._razor_watch.remove()
     _notice_checkpointing(model)
-    watch = _WeightUse(model)
-
-    def after(model: nn.Module, args: tuple, output: Any) -> None:
-        stop.remove()
-        watch.close()
-        _notice_cache(output)
-
-    stop = model.register_forward_hook(after, always_call=True)
-    watch.__enter__()
+    # Whatever ends the forward, an interrupt as well, ends the mode.
+    with _WeightUse(model) as uses:
+        output = forward(*args, **kwargs)
+    if uses.found:
+        warnings.warn(
+            "saved dense, as the weight is used without calling the layer: " + ", ".join(uses.found), stacklevel=3
+        )
+    _notice_cache(output)
+    return output
 
 
 def _notice_cache(output: Any) -> None:
@@ -71,19 +64,23 @@ def _notice_checkpointing(model: nn.Module) -> None:
 
 
 class _WeightUse(TorchDispatchMode):
-    """Notes trained weights of razor layers that are computed with while no module that owns them is running."""
+    """Notes trained weights of razor layers that are computed with while no module that owns them is running.
+
+    Attributes:
+        found: names of these layers.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._names: dict[int, str] = {}
         for name, module in model.named_modules():
-            weight = getattr(module, "weight", None)
+            weight = module._parameters.get("weight")  # one that is parametrized would be computed
             # A head is meant to be used so: by the loss.
             razor = isinstance(module, RazorModule) and not isinstance(module, RazorLMHead)
             if razor and isinstance(weight, Tensor) and weight.requires_grad:
                 self._names[id(weight)] = name
         self._running: dict[int, int] = defaultdict(int)
-        self._used: dict[str, None] = {}
+        self.found: dict[str, None] = {}
         self._handles = []
         for module in model.modules():
             # A tied weight has several owners: an embedding may use what is also a razor head's weight.
@@ -103,16 +100,10 @@ class _WeightUse(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         for argument in args:
             if id(argument) in self._names and not self._running[id(argument)]:
-                self._used[self._names[id(argument)]] = None
+                self.found[self._names[id(argument)]] = None
         return func(*args, **(kwargs or {}))
 
-    def close(self) -> None:
-        """Stop watching, and warn of what was seen."""
-        self.__exit__(None, None, None)
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
         for handle in self._handles:
             handle.remove()
-        if self._used:
-            warnings.warn(
-                "saved dense, as the weight is used without calling the layer: " + ", ".join(self._used),
-                stacklevel=2,
-            )

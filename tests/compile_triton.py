@@ -18,7 +18,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from hf_backrazor.functional.activation import GELU, cell_tables
-from hf_backrazor.packing import PackSpec, decode_cells, encode_cells, pack, packed_norm_gradients, weight_gradient
+from hf_backrazor.packing import (
+    PackSpec,
+    decode_cells,
+    decode_cells_as_integers,
+    encode_cells,
+    pack,
+    packed_norm_gradients,
+    weight_gradient,
+)
 
 compiled: dict[str, int] = {}
 
@@ -83,7 +91,9 @@ def main() -> None:
                 pack(heads.transpose(1, 2), PackSpec(0.99, bits=4, levels="even", centred=True)).unpack()
                 pack(heads, PackSpec(0.9, "sample", value_dtype="float16")).unpack()
                 cells, derivatives, _ = cell_tables(GELU, 4)
-                decode_cells(encode_cells(x, cells), 768, cells, derivatives, dtype)
+                codes = encode_cells(x, cells)
+                decode_cells(codes, 768, cells, derivatives, dtype)
+                decode_cells_as_integers(codes, 768, cells, derivatives, None)
             x, grad, gamma, rstd = torch.randn(40, 768), torch.randn(40, 768), torch.randn(768), torch.rand(40, 1)
             for centred in (True, False):
                 packed = pack(x, PackSpec(0.99, bits=3), x.mean(-1, keepdim=True) if centred else None, rstd)

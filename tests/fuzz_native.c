@@ -13,6 +13,7 @@
 EXPORTED int64_t hf_backrazor_pack(const pack_args *);
 EXPORTED int64_t hf_backrazor_unpack(const unpack_args *);
 EXPORTED int64_t hf_backrazor_encode_cells(const cells_args *);
+EXPORTED int64_t hf_backrazor_decode_cells(const values_args *);
 EXPORTED int64_t hf_backrazor_integers(const integers_args *);
 EXPORTED int64_t hf_backrazor_round(const round_args *);
 EXPORTED int64_t hf_backrazor_gradient(const gradient_args *);
@@ -141,9 +142,11 @@ static void rows_case(void) {
     }
 
     if (bits) {
-        int8_t table[16];
-        for (int i = 0; i < 16; i++) table[i] = (int8_t)between(-127, 127);
-        integers_args g = {.rows = rows, .n = n, .bits = bits, .table = table, .fields = p.fields};
+        const int64_t members = between(1, 5);
+        uint8_t *member = between(0, 1) ? buffer(rows) : NULL;
+        for (int64_t row = 0; member && row < rows; row++) member[row] = (uint8_t)between(0, members - 1);
+        integers_args g = {.rows = rows, .n = n, .bits = bits, .table = buffer(members << bits), .fields = p.fields};
+        g.member = member;
         g.fields_stride = p.fields_stride, g.k = k, g.coding = coding, g.index = p.index;
         g.index_stride = p.index_stride, g.out = buffer(rows * n), g.threads = between(1, 4);
         REQUIRE(hf_backrazor_integers(&g) == DONE);
@@ -180,13 +183,37 @@ static void rows_case(void) {
 static void cells_case(void) {
     int64_t n = any_width(), rows = between(1, 20), gap = between(0, 5), half = between(0, 3) == 0, bits = between(1, 4);
     int64_t count = (rows - 1) * (n + gap) + n;
-    uint8_t starts[16] = {0};
-    for (int i = 1; i < 16; i++) starts[i] = (uint8_t)(starts[i - 1] + between(1, 16));
-    cells_args c = {.rows = rows, .n = n, .stride = n + gap, .reach = 4.0f, .steps_per_unit = 32.0f, .bits = bits};
+    int64_t cells = (int64_t)1 << bits, members = between(0, 3) ? between(1, 60) : 256;
+    uint8_t *starts = buffer(members * cells);
+    float *bounds = buffer((members - 1) * 4), *density = buffer(members * 4), *table = buffer(members * cells * 4);
+    for (int64_t i = 0; i < members * cells; i++) {
+        starts[i] = i % cells ? (uint8_t)(starts[i - 1] + between(1, 16)) : 0;
+        table[i] = (float)(i % cells);
+    }
+    for (int64_t i = 0; i < members - 1; i++) bounds[i] = ldexpf(1.0f, (int)(i - members / 2) / 2);
+    for (int64_t i = 0; i < members; i++) density[i] = 32.0f * ldexpf(1.0f, (int)(members / 2 - i) / 4);
+    cells_args c = {.rows = rows, .n = n, .stride = n + gap, .bits = bits, .members = members, .bounds = bounds};
     c.x = half ? (void *)halves(count) : floats(count, (int)between(0, 2)), c.x_dtype = half ? BFLOAT16 : FLOAT32;
-    c.starts = starts, c.fields_stride = code_bytes(n, bits), c.fields = buffer(rows * c.fields_stride);
-    c.threads = between(1, 4);
+    c.density = density, c.starts = starts, c.fields_stride = code_bytes(n, bits);
+    c.fields = buffer(rows * c.fields_stride), c.member = buffer(rows), c.threads = between(1, 4);
     REQUIRE(hf_backrazor_encode_cells(&c) == DONE);
+
+    /* What was coded lies between the bounds of its cell. */
+    values_args v = {.rows = rows, .n = n, .bits = bits, .table = table, .member = c.member, .fields = c.fields};
+    v.fields_stride = c.fields_stride, v.out = buffer(rows * n * 4), v.out_dtype = FLOAT32, v.threads = between(1, 4);
+    REQUIRE(hf_backrazor_decode_cells(&v) == DONE);
+    for (int64_t row = 0; row < rows; row++) {
+        REQUIRE(c.member[row] < members);
+        for (int64_t i = 0; i < n && !half; i++) {
+            const float x = ((const float *)c.x)[row * c.stride + i], step = x * density[c.member[row]] + 128.0f;
+            const int64_t cell = (int64_t)((const float *)v.out)[row * n + i];
+            const uint8_t *s = starts + c.member[row] * cells;
+            REQUIRE(cell == 0 || !(step < s[cell]));
+            REQUIRE(cell == cells - 1 || !(step >= s[cell + 1]));
+        }
+    }
+    v.out = buffer(rows * n * 2), v.out_dtype = BFLOAT16;
+    REQUIRE(hf_backrazor_decode_cells(&v) == DONE);
     release();
 }
 

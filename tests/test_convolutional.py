@@ -27,10 +27,9 @@ from hf_backrazor.functional import (
 from hf_backrazor.functional.activation import HARDSIGMOID, RELU, RELU6, SILU, ActivationRule, leaky_relu
 from hf_backrazor.functional.convolution import Geometry
 from hf_backrazor.functional.layouts import RectifiedLayout
-from hf_backrazor.functional.masked_gradient import MaskedGradient, with_mask
 from hf_backrazor.functional.pooling import Window
 from hf_backrazor.functional.sharing import origin_of, pack_shared
-from hf_backrazor.packing import PackSpec, pack, pack_bits
+from hf_backrazor.packing import PackSpec, pack
 
 LOSSLESS = PackSpec(row_dims=2)
 CODED = PackSpec(0.99, bits=3, row_dims=2)
@@ -217,25 +216,6 @@ def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize("size", [(16, 16), (14, 14), (7, 7), (5, 3)])
-@pytest.mark.parametrize("rectifier", [nn.ReLU, nn.ReLU6, nn.LeakyReLU, lambda: nn.ReLU(inplace=True)])
-def test_a_batch_norm_applies_the_mask_of_the_relu_behind_it(
-    rectifier, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    masks = []
-    norms = sys.modules["hf_backrazor.functional.batch_norm"]
-    monkeypatch.setattr(norms, "with_mask", lambda grad: masks.append(with_mask(grad)[1]) or with_mask(grad))
-    model = get_razor_model(Rectified(rectifier()).train())
-    x = 3 * torch.randn(4, 3, *size)
-    found = gradients(model, x)
-    assert (masks.pop() is not None) == (rectifier in (nn.ReLU, nn.ReLU6))
-    seen = []
-    model.between = lambda y: y.register_hook(seen.append) and 0  # a hook is to see the product
-    expected = gradients(model, x)
-    assert type(seen[0]) is Tensor
-    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
-
-
 def test_a_mask_is_applied_before_another_gradient_is_added() -> None:
     dense = Rectified(nn.ReLU()).train()
     razor = get_razor_model(copy.deepcopy(dense), RazorConfig.preset("balanced", sparsity=0.5, norm_bits=4))
@@ -244,19 +224,6 @@ def test_a_mask_is_applied_before_another_gradient_is_added() -> None:
         model.between = lambda y: (y * torch.linspace(-1, 1, y.shape[-1])).sum()
     # The last convolution's weight is not exact, and so is nothing above the norm; its beta's gradient is.
     assert torch.allclose(gradients(razor, x)[3], gradients(dense, x)[3], rtol=1e-4)
-
-
-def test_a_gradient_with_its_mask_stands_for_the_product() -> None:
-    unmasked, keep = torch.randn(2, 3, 5), torch.rand(2, 3, 5) > 0.5
-    bits = pack_bits(keep.reshape(1, -1))
-    product = unmasked * keep
-    assert torch.equal(MaskedGradient(unmasked, bits) + 1, product + 1)
-    assert torch.equal(torch.ones(2, 3, 5).add_(MaskedGradient(unmasked, bits)), product + 1)
-    written = MaskedGradient(unmasked, bits)
-    written.add_(1)
-    assert with_mask(written)[1] is None
-    assert torch.equal(with_mask(written)[0], product + 1)
-    assert torch.equal(written * 1, product + 1)
 
 
 def test_a_block_of_convolutions_stores_each_tensor_once() -> None:

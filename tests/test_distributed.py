@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import distributed_gradients
+import distributed_logits
 import distributed_sharding
 import distributed_training
 import pytest
@@ -67,6 +68,11 @@ def gradients(tmp_path_factory: pytest.TempPathFactory) -> Reports:
 @pytest.fixture(scope="module")
 def training(tmp_path_factory: pytest.TempPathFactory) -> Reports:
     return launch("distributed_training.py", tmp_path_factory.mktemp("training"))
+
+
+@pytest.fixture(scope="module")
+def logits(tmp_path_factory: pytest.TempPathFactory) -> Reports:
+    return launch("distributed_logits.py", tmp_path_factory.mktemp("logits"))
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +143,23 @@ def test_trainer_moves_the_weights_as_it_moves_the_plain_models(training: Report
         assert report["difference"] < 1e-9
         assert not report["differs_between_ranks"]
         assert {"model.safetensors", "razor_config.json", "rng_state_0.pth", "rng_state_1.pth"} <= set(report["files"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", distributed_logits.MODELS)
+@pytest.mark.parametrize("loss", distributed_logits.LOSSES)
+@pytest.mark.parametrize("options", distributed_logits.OPTIONS)
+def test_losses_outside_of_a_data_parallel_model(logits: Reports, name: str, loss: str, options: str) -> None:
+    for report in (ranks[f"{name}, {loss}, {options}"] for ranks in logits):
+        assert report["lazy"]
+        assert report["difference"] < 1e-5
+
+
+@pytest.mark.slow
+def test_trainer_smooths_labels_over_processes(logits: Reports) -> None:
+    for report in (ranks["trainer"] for ranks in logits):
+        assert report["moved"] > 1e-2
+        assert report["difference"] < 1e-5
 
 
 # Sharded

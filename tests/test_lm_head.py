@@ -171,7 +171,7 @@ class TensorSizes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for x in tree_leaves(result):
-            if isinstance(x, Tensor) and not isinstance(x, LazyLogits):
+            if isinstance(x, Tensor) and not isinstance(x, LazyLogits) and not x.is_meta:
                 self.numels.add(x.numel())
         return result
 

@@ -7,15 +7,18 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_backrazor.packing import (
     CODE_BITS,
     Cells,
+    CellTable,
     PackSpec,
     decode,
     decode_cells,
+    decode_cells_as_integers,
     encode,
     encode_cells,
     index_coding,
@@ -203,13 +206,35 @@ def test_bits_round_trip(rows: int, n: int, seed: int) -> None:
 @given(st.integers(1, 5), st.integers(1, 40), st.sampled_from((1, 2, 3, 4, 8)), st.integers(0, 2**31))
 def test_cells_hold_what_lies_between_their_bounds(rows: int, n: int, bits: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    starts = (0, *sorted((torch.randperm(255, generator=generator)[: 2**bits - 1] + 1).tolist()))
-    cells = Cells(bits, 2.0, starts)
-    x = 3 * torch.randn(rows, n, generator=generator)
-    number = decode_cells(encode_cells(x, cells), n, cells, tuple(map(float, range(2**bits))), torch.float32)
-    bounds = torch.tensor([start / 64 - 2 for start in starts] + [math.inf])
-    bounds[0] = -math.inf
-    assert ((bounds[number.int()] <= x) & (x < bounds[number.int() + 1])).all()
+    starts = (torch.rand(3, 255, generator=generator).argsort(1)[:, : 2**bits - 1] + 1).sort(1).values
+    starts = F.pad(starts, (1, 0))
+    cells = Cells(bits, torch.tensor([1.0, 25.0]), torch.tensor([64.0, 32.0, 8.0]), starts.to(torch.uint8))
+    x = torch.randn(rows, n, generator=generator) * torch.tensor([0.4, 1.0, 3.0, 9.0, 27.0])[:rows, None]
+    codes = encode_cells(x, cells)
+    member = codes.member.long()
+    assert torch.equal(member, (x.square().mean(1) >= 1).long() + (x.square().mean(1) >= 25))
+    table = CellTable(torch.arange(3 * 2.0**bits).view(3, -1))
+    number = decode_cells(codes, n, cells, table, torch.float32) - 2**bits * member.unsqueeze(1)
+    bounds = F.pad((starts - 128) / cells.density.unsqueeze(1), (0, 1), value=math.inf)
+    bounds[:, 0] = -math.inf
+    of_rows = bounds[member]
+    assert (of_rows.gather(1, number.long()) <= x).all()
+    assert (x < of_rows.gather(1, number.long() + 1)).all()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_cells_as_integers_are_their_values(bits: int) -> None:
+    """To half of a 127th of the greatest of each division, and a scale's rounding to bfloat16."""
+    starts = torch.arange(2**bits).mul(256 // 2**bits).expand(2, -1).to(torch.uint8).contiguous()
+    cells = Cells(bits, torch.tensor([1.0]), torch.tensor([64.0, 4.0]), starts)
+    table = CellTable(torch.randn(2, 2**bits) * torch.tensor([[1e-3], [1e3]]))
+    x = torch.randn(6, 50) * torch.tensor([0.1, 10.0]).repeat(3).unsqueeze(1)
+    codes = encode_cells(x, cells)
+    assert codes.member.tolist() == [0, 1] * 3
+    integers = decode_cells_as_integers(codes, 50, cells, table, None)
+    values = decode_cells(codes, 50, cells, table, torch.float32)
+    greatest = table.values.abs().amax(1)[codes.member.long()].unsqueeze(1)
+    assert ((integers.unit * integers.row_scale * integers.codes - values).abs() < greatest * 0.006).all()
 
 
 @settings(deadline=None, max_examples=30)

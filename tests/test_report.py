@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import make
+from architectures import ARCHITECTURES, make
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -21,6 +21,7 @@ from hf_backrazor import (
     measure_saved_bytes,
 )
 from hf_backrazor.kernels.library import torch_only
+from hf_backrazor.live_memory import LiveMemory
 from hf_backrazor.packing.bits import byte_table
 
 PRESETS = {"dense": None, "balanced": RazorConfig(), "paper": RazorConfig.preset("paper")}
@@ -45,6 +46,26 @@ def test_estimate_is_what_is_measured(name: str, config: RazorConfig | None) -> 
     # What an estimate leaves behind must not be met by real tensors.
     model.train()(**batch).loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.filterwarnings("ignore:saved dense", "ignore:the model returns a cache")
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [*((name, "balanced") for name in ARCHITECTURES), *((name, "lossless") for name in ("bert", "llama", "t5"))],
+)
+def test_what_a_graph_keeps_alive_is_counted(name: str, preset: str) -> None:
+    model, batch = make(name, "eager")
+    model = get_razor_model(model.train(), RazorConfig.preset(preset))
+    counted = measure_saved_bytes(model, **batch).total
+    tensors = [x for x in batch.values() if isinstance(x, torch.Tensor)]
+    loss = model(**batch).loss  # fills caches
+    del loss
+    with LiveMemory([*model.parameters(), *model.buffers(), *tensors]) as memory:
+        loss = model(**batch).loss
+        alive = memory.live
+    # Beside what is saved: the loss, constants of resizing, the last norm's gamma and beta.
+    assert alive <= 1.03 * counted + 256
+    loss.backward()
 
 
 def test_estimate_of_a_model_without_memory_for_its_weights() -> None:

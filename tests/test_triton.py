@@ -27,6 +27,7 @@ from hf_backrazor.kernels.library import load
 from hf_backrazor.packing import (
     PackSpec,
     decode_cells,
+    decode_cells_as_integers,
     encode_cells,
     pack,
     packed_norm_gradients,
@@ -42,6 +43,7 @@ MODULES = {
     "pack": "rows",
     "unpack": "rows",
     "encode_cells": "cells",
+    "decode_cells": "cells",
     "norm_backward": "norm",
     "integers": "gradient",
     "round_gradient": "gradient",
@@ -160,10 +162,29 @@ def test_norms(spec: PackSpec, centred: bool) -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("rule", [GELU, SILU])
 def test_cells(bits: int, rule: object) -> None:
-    cells, derivatives, _ = cell_tables(rule, bits)
-    for dtype in (torch.float32, torch.bfloat16):
-        x = make("wild", (7, 301), dtype, 0)
-        repeat(lambda: decode_cells(encode_cells(x, cells), 301, cells, derivatives, dtype), "encode_cells", "unpack")  # noqa: B023
+    cells, derivatives, values = cell_tables(rule, bits)
+    scales = torch.arange(-17, 10).exp2().unsqueeze(1)
+    for n in (1, 64, 301):
+        for dtype in (torch.float32, torch.bfloat16):
+            wild = make("wild", (27, n), torch.float32, 0)
+            x = torch.cat([wild, wild * scales]).to(dtype)
+            x = torch.cat([x, x], 1)[:, n // 2 : n // 2 + n]  # rows apart
+
+            def call(x: Tensor = x, dtype: torch.dtype = dtype, n: int = n) -> None:
+                codes = encode_cells(x, cells)
+                decode_cells(codes, n, cells, derivatives, dtype)
+                decode_cells_as_integers(codes, n, cells, values, None)
+
+            repeat(call, "encode_cells", "decode_cells", "integers")
+
+
+def test_rows_at_the_bounds_between_divisions_take_the_same() -> None:
+    cells, _, _ = cell_tables(GELU, 4)
+    bounds = cells.bounds.repeat_interleave(3).unsqueeze(1)
+    x = torch.randn(len(bounds), 300, dtype=torch.float64)
+    x *= (bounds / x.square().mean(1, keepdim=True)).sqrt()
+    x *= torch.tensor([1 - 1e-6, 1, 1 + 1e-6]).repeat(len(cells.bounds)).unsqueeze(1)
+    repeat(lambda: encode_cells(x.float(), cells), "encode_cells")
 
 
 @settings(max_examples=20, deadline=None)

@@ -6,7 +6,7 @@ Knows nothing of modules or models. None of these functions can be differentiate
 from .activation import ActivationRule, activation
 from .attention import recomputed_attention, sparse_attention
 from .batch_norm import batch_norm
-from .convolution import Geometry, convolution
+from .convolution import Geometry, convolution, convolution_same
 from .dropout import dropout
 from .group_norm import group_norm
 from .interpolated_cross_entropy import Resizing, interpolated_cross_entropy
@@ -29,6 +29,7 @@ __all__ = [
     "average_pool2d",
     "batch_norm",
     "convolution",
+    "convolution_same",
     "dropout",
     "group_norm",
     "interpolated_cross_entropy",

@@ -12,9 +12,11 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
+from ..compat import hooks_off
 from ..packing import Layout, PackSpec, pack
+from .differentiation import once_differentiable, restored, saved_parts, twice_differentiable
 from .masks import pack_mask
 from .precision import current_autocast
 from .rng import fast_dropout, get_rng_state, replayed_rng
@@ -73,17 +75,18 @@ class _RecomputedAttention(torch.autograd.Function):
         ctx.attend, ctx.random = attend, random
         ctx.autocast = current_autocast(query.device.type)
         ctx.layouts = [(p.layout, len(p.parts)) for p in packed]
+        parts = [part for x, p in zip((query, key, value), packed, strict=True) for part in saved_parts(x, p)]
         masks = [pack_mask(x) for x in others]
         ctx.mask_layouts = [mask.layout for mask in masks]
         # Layers above find and share what this keeps alive.
         ctx.shared = [mask for mask in masks if mask.layout.form != "whole"]
-        ctx.save_for_backward(*rng, *parameters, *(m.part for m in masks), *(part for p in packed for part in p.parts))
+        ctx.save_for_backward(*rng, *parameters, *(mask.part for mask in masks), *parts)
         ctx.counts = len(parameters), len(others)
         with fast_dropout(query.device) if random else nullcontext():
-            return attend(query, key, value, *others)
+            return attend(query, key, value, *others).detach()  # no view (see `_Linear`)
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         saved = list(ctx.saved_tensors)
         rng = saved.pop(0) if ctx.random else None
@@ -91,16 +94,22 @@ class _RecomputedAttention(torch.autograd.Function):
         parameters, saved = saved[:parameter_count], saved[parameter_count:]
         others, saved = saved[:other_count], saved[other_count:]
         others = [layout.unpack(part) for layout, part in zip(ctx.mask_layouts, others, strict=True)]
-        inputs = _unpack_all(ctx.layouts, saved) + [x.detach() for x in others]
-        for x, needed in zip(inputs, ctx.needs_input_grad[4:], strict=False):
-            x.requires_grad_(needed)
+        again, needed = torch.is_grad_enabled(), ctx.needs_input_grad[4:]
+        if again:
+            inputs = [x.view_as(x) for x in (*_restore_all(ctx.layouts, saved, needed), *others)]
+        else:
+            inputs = [x.detach() for x in (*_unpack_all(ctx.layouts, saved), *others)]
+            for x, wanted in zip(inputs, needed, strict=False):
+                x.requires_grad_(wanted)
         device = grad_output.device
         faster = fast_dropout(device) if ctx.random else nullcontext()
         with torch.enable_grad(), ctx.autocast, replayed_rng(device, rng), faster:
             output = ctx.attend(*inputs)
         inputs += parameters
         wanted = [x for x in inputs if x.requires_grad]
-        grads = iter(torch.autograd.grad(output, wanted, grad_output, allow_unused=True))
+        with hooks_off(parameters):
+            grads = torch.autograd.grad(output, wanted, grad_output, create_graph=again, allow_unused=True)
+        grads = iter(grads)
         return None, None, None, None, *(next(grads) if x.requires_grad else None for x in inputs)
 
 
@@ -202,6 +211,15 @@ def _unpack_all(layouts: list[tuple[Layout, int]], parts: list[Tensor]) -> list[
     dense = []
     for layout, count in layouts:
         dense.append(layout.unpack(tuple(parts[:count])).detach())
+        parts = parts[count:]
+    return dense
+
+
+def _restore_all(layouts: list[tuple[Layout, int]], parts: list[Tensor], needs_grad: Sequence[bool]) -> list[Tensor]:
+    """As `_unpack_all`, for a gradient that is to be differentiated."""
+    dense = []
+    for (layout, count), needed in zip(layouts, needs_grad, strict=False):
+        dense.append(restored(layout, tuple(parts[:count]), constant=not needed))
         parts = parts[count:]
     return dense
 

@@ -5,12 +5,14 @@ For the formulas see `packing.normalised`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from ..packing import Packed, PackSpec, batch_norm_gradients, pack, packed_batch_norm_gradients, sparse_layout
-from .masked_gradient import with_mask
+from .differentiation import replayed, replayed_gradients, restored, saved_parts
 from .precision import accumulate_dtype
 from .sharing import note_affine, pack_shared
 
@@ -52,11 +54,38 @@ def batch_norm(
     return y
 
 
-def takes_masks(y: Tensor) -> bool:
-    """Whether a `MaskedGradient` of `y` goes as it is to a batch norm that applies it: no hook has to see it before."""
-    node = y.grad_fn
-    applied = isinstance(node, _BatchNorm._backward_cls) and node.applies_masks
-    return applied and not y._backward_hooks and not y.retains_grad
+def _replay(ctx: FunctionCtx, grad_output: Tensor | None, *_parts: None) -> Any:
+    if grad_output is None or not (ctx.from_input or ctx.layout is None):
+        return NotImplemented
+    weight, rstd, *parts = ctx.saved_tensors
+    if ctx.layout is None:  # fixed statistics and weight: nothing but a product
+        return *_fixed_gradients(ctx, grad_output, weight, rstd), None, None, None
+    mean, *parts = parts
+
+    def plain(x: Tensor, weight: Tensor | None) -> Tensor:
+        if ctx.training:
+            return torch.nn.functional.batch_norm(x, None, None, weight, None, True, 0.0, ctx.eps)
+        y = (x.to(rstd.dtype) - _of_channels(mean, x)) * _of_channels(rstd, x)
+        y = y if weight is None else y * _of_channels(weight, x)
+        return y.to(grad_output.dtype)
+
+    x = restored(ctx.layout, parts, constant=not ctx.needs_input_grad[0])
+    grad_bias = None
+    if ctx.needs_input_grad[2]:
+        grad_bias = grad_output.sum([0, *range(2, grad_output.dim())]).to(ctx.bias_dtype)
+    return *replayed_gradients(plain, (x, weight), grad_output), grad_bias, None, None, None
+
+
+def _fixed_gradients(
+    ctx: FunctionCtx, grad_output: Tensor, weight: Tensor | None, rstd: Tensor
+) -> tuple[Tensor | None, None, Tensor | None]:
+    """dX, dgamma and dbeta with fixed statistics and a frozen weight."""
+    needs_x, _, needs_bias = ctx.needs_input_grad[:3]
+    grad = grad_output.to(rstd.dtype)
+    scale = rstd if weight is None else rstd * weight.to(rstd.dtype)
+    grad_input = (grad * _of_channels(scale, grad)).to(ctx.input_dtype) if needs_x else None
+    grad_bias = grad.sum([0, *range(2, grad.dim())]).to(ctx.bias_dtype) if needs_bias else None
+    return grad_input, None, grad_bias
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -83,42 +112,39 @@ class _BatchNorm(torch.autograd.Function):
         ctx.training, ctx.from_input, ctx.input_dtype = training, packed_input is not None, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
-        ctx.layout, ctx.applies_masks = None, False
+        ctx.layout, ctx.eps = None, eps
         if not training and not ctx.needs_input_grad[1]:
             ctx.save_for_backward(weight, rstd)
             return (y,)
         if packed_input is not None:
             ctx.layout = packed_input.layout
-            ctx.save_for_backward(weight, rstd, mean, *packed_input.parts)
+            ctx.save_for_backward(weight, rstd, mean, *saved_parts(x, packed_input))
             return (y,)
         per_row = (*x.shape[:2], *(1,) * (x.dim() - 2))
         packed = pack(x, spec, _of_channels(mean, x).expand(per_row), _of_channels(rstd, x).expand(per_row))
-        ctx.layout, ctx.applies_masks = packed.layout, x.dtype == wide
+        ctx.layout = packed.layout
         ctx.save_for_backward(weight, rstd, *packed.parts)
         ctx.mark_non_differentiable(*packed.parts)
         return y, *packed.parts
 
     @staticmethod
-    @once_differentiable
+    @replayed(_replay)
     def backward(ctx: FunctionCtx, grad_output: Tensor | None, *_parts: None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return (None,) * 6
         weight, rstd, *parts = ctx.saved_tensors
+        if ctx.layout is None:
+            return *_fixed_gradients(ctx, grad_output, weight, rstd), None, None, None
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad, mask = with_mask(grad_output)
-        grad = grad.to(rstd.dtype)
+        grad = grad_output.to(rstd.dtype)
         gamma = None if weight is None else weight.to(rstd.dtype)
-        if ctx.layout is None:  # fixed statistics and weight
-            scale = rstd if gamma is None else rstd * gamma
-            grad_input = grad * _of_channels(scale, grad) if needs_x else None
-            grad_weight, grad_bias = None, grad.sum([0, *range(2, grad.dim())]) if needs_bias else None
-        elif ctx.from_input:
+        if ctx.from_input:
             mean, *parts = parts
             x_hat = (ctx.layout.unpack(parts, rstd.dtype) - _of_channels(mean, grad)) * _of_channels(rstd, grad)
             scale = rstd if gamma is None else rstd * gamma
             grad_input, grad_weight, grad_bias = batch_norm_gradients(grad, x_hat, scale, ctx.training)
         else:
-            grads = packed_batch_norm_gradients(grad, ctx.layout, parts, rstd, gamma, ctx.training, mask)
+            grads = packed_batch_norm_gradients(grad, ctx.layout, parts, rstd, gamma, ctx.training)
             grad_input, grad_weight, grad_bias = grads
         return (
             grad_input.to(ctx.input_dtype) if needs_x else None,

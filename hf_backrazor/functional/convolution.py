@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from ..packing import Layout, Packed, PackSpec
+from .differentiation import restored, saved_parts, twice_differentiable
 from .layouts import PaddedLayout
+from .padding import zero_pad
 from .precision import accumulate_dtype, compute_dtype
 from .sharing import pack_shared
 
@@ -35,7 +40,7 @@ class Geometry:
         cls,
         weight: Tensor,
         stride: int | Sequence[int],
-        padding: int | str | Sequence[int],
+        padding: int | Literal["valid"] | Sequence[int],
         dilation: int | Sequence[int],
         groups: int,
         output_padding: Sequence[int] | None = None,
@@ -43,10 +48,7 @@ class Geometry:
         """From what `torch.nn.functional.conv2d` and its like are given; transposed if there is an `output_padding`."""
         size = tuple(weight.shape[2:])
         stride, dilation = _for_each(stride, size), _for_each(dilation, size)
-        if padding == "valid":
-            padding = 0
-        elif padding == "same":
-            padding = tuple(d * (k - 1) // 2 for d, k in zip(dilation, size, strict=True))
+        padding = 0 if padding == "valid" else padding
         transposed = output_padding is not None
         output_padding = tuple(output_padding) if transposed else (0,) * len(size)
         return cls(stride, _for_each(padding, size), dilation, transposed, output_padding, groups)
@@ -109,6 +111,32 @@ def convolution(
     return _Convolution.apply(x, weight, bias, geometry, forward, packed)
 
 
+def convolution_same(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+    spec: PackSpec,
+) -> Tensor:
+    """`convolution` with `padding="same"`: as large as its input. For the arguments see there and `torch.nn.Conv2d`.
+
+    An even kernel needs one zero more behind than before. As torch does, this pads the input by that, and lets the
+    convolution pad the rest.
+    """
+    size = tuple(weight.shape[2:])
+    total = tuple(d * (k - 1) for d, k in zip(_for_each(dilation, size), size, strict=True))
+    before = tuple(t // 2 for t in total)
+    uneven = [t - 2 * b for t, b in zip(total, before, strict=True)]
+    if any(uneven):
+        x = zero_pad(x, [side for each in reversed(uneven) for side in (0, each)])
+    function = (F.conv1d, F.conv2d, F.conv3d)[len(size) - 1]
+    moves = {"stride": stride, "padding": before, "dilation": dilation, "groups": groups}
+    geometry = Geometry.of(weight, **moves)
+    return convolution(x, weight, bias, geometry, partial(function, weight=weight, bias=bias, **moves), spec)
+
+
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -120,7 +148,8 @@ class _Convolution(torch.autograd.Function):
         forward: Callable[[Tensor], Tensor],
         packed: Packed | None,
     ) -> Tensor:
-        ctx.layout, parts = packed or (None, ())
+        ctx.layout = None if packed is None else packed.layout
+        parts = () if packed is None else saved_parts(x, packed)
         ctx.geometry = geometry
         ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -128,7 +157,7 @@ class _Convolution(torch.autograd.Function):
         return forward(x)
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         weight, *parts = ctx.saved_tensors
         kernel = weight.to(grad_output.dtype)
@@ -156,6 +185,9 @@ def _shape_alone(like: Tensor, shape: torch.Size) -> Tensor:
 
 def _grad_weight(ctx: FunctionCtx, grad_output: Tensor, kernel: Tensor, parts: Sequence[Tensor]) -> Tensor:
     layout, shape, geometry = ctx.layout, ctx.input_shape, ctx.geometry
+    if torch.is_grad_enabled():
+        x = restored(layout, parts, grad_output.dtype, constant=not ctx.needs_input_grad[0])
+        return geometry.backward(grad_output, x, kernel, (False, True, False))[1]
     if isinstance(layout, PaddedLayout) and (margins := layout.margins) and not geometry.transposed:
         # Padding that the gradient's convolution does itself takes no copy.
         shape = torch.Size((*shape[:2], *layout.spatial))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from ..kernels.bernoulli import bernoulli_
 from ..packing import Packed, pack_bits, unpack_bits
+from .differentiation import twice_differentiable
 from .layouts import DroppedLayout
 from .sharing import note_origin, origin_of
 
@@ -50,7 +51,7 @@ class _Dropout(torch.autograd.Function):
         return output, bits
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor | None, _bits: None) -> tuple[Tensor | None, None, None]:
         if grad_output is None:
             return None, None, None

@@ -11,13 +11,15 @@ over the same elements
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from ..packing import Packed, PackSpec, pack, sparse_layout
+from .differentiation import replayed, replayed_gradients, restored, saved_parts
 from .precision import accumulate_dtype
 from .sharing import note_affine, pack_shared
 
@@ -52,6 +54,22 @@ def group_norm(
     return y
 
 
+def _replay(ctx: FunctionCtx, grad_output: Tensor | None, *_parts: None) -> Any:
+    if grad_output is None or not ctx.from_input:
+        return NotImplemented
+    weight, _, _, *parts = ctx.saved_tensors
+
+    def plain(x: Tensor, weight: Tensor | None) -> Tensor:
+        return torch.nn.functional.group_norm(x, ctx.sizes[-1], weight, None, ctx.eps)
+
+    x = restored(ctx.layout, parts, constant=not ctx.needs_input_grad[0])
+    grad_x, grad_weight = replayed_gradients(plain, (x, weight), grad_output)
+    grad_bias = None
+    if ctx.needs_input_grad[3]:
+        grad_bias = grad_output.sum([0, *range(2, grad_output.dim())]).to(ctx.bias_dtype)
+    return grad_x, None, grad_weight, grad_bias, None, None, None
+
+
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -65,28 +83,28 @@ class _GroupNorm(torch.autograd.Function):
         packed_input: Packed | None,
     ) -> tuple[Tensor, ...]:
         batch, channels = x.shape[:2]
-        ctx.sizes = (batch, channels, prod(x.shape[2:]), groups)
+        ctx.sizes, ctx.eps = (batch, channels, prod(x.shape[2:]), groups), eps
         # As torch lays it out: sums in another order would differ in their last bits.
-        x = x.contiguous(memory_format=suggest_memory_format(x))
-        y, mean, rstd = torch.native_group_norm(x, weight, bias, *ctx.sizes, eps)
+        plain = x.contiguous(memory_format=suggest_memory_format(x))
+        y, mean, rstd = torch.native_group_norm(plain, weight, bias, *ctx.sizes, eps)
         mean, rstd = mean.to(accumulate_dtype(x)), rstd.to(accumulate_dtype(x))
         ctx.from_input, ctx.input_dtype = packed_input is not None, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
         if packed_input is not None:
             ctx.layout = packed_input.layout
-            ctx.save_for_backward(weight, rstd, mean, *packed_input.parts)
+            ctx.save_for_backward(weight, rstd, mean, *saved_parts(x, packed_input))
             return (y,)
         of_channels = (batch, channels, *(1,) * (x.dim() - 2))
         mean_of, rstd_of = (t.repeat_interleave(channels // groups, 1).view(of_channels) for t in (mean, rstd))
-        packed = pack(x, spec, mean_of, rstd_of)
+        packed = pack(plain, spec, mean_of, rstd_of)
         ctx.layout = packed.layout
         ctx.save_for_backward(weight, rstd, *packed.parts)
         ctx.mark_non_differentiable(*packed.parts)
         return y, *packed.parts
 
     @staticmethod
-    @once_differentiable
+    @replayed(_replay)
     def backward(ctx: FunctionCtx, grad_output: Tensor | None, *_parts: None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return (None,) * 7

@@ -18,9 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
-from .precision import accumulate_dtype
+from .differentiation import once_differentiable
+from .labels import check_labels
+from .precision import accumulate_dtype, without_autocast
 
 # Resized logits in a band: 4 MiB in float32 on a CPU, near its cache.
 BAND_NUMEL = {"cpu": 2**20}
@@ -66,7 +68,7 @@ def interpolated_cross_entropy(
 
     Raises:
         ValueError: `labels` are not of the resized logits' size.
-        IndexError: a label is neither a class nor `ignore_index`.
+        IndexError: a label is neither a class nor `ignore_index`; on a GPU an assertion fails there instead.
     """
     if labels.shape != (logits.shape[0], *resizing.size):
         raise ValueError(
@@ -74,10 +76,8 @@ def interpolated_cross_entropy(
             "pixel of the resized logits"
         )
     counted = labels != ignore_index
+    check_labels(labels, logits.shape[1], counted)
     known = labels.where(counted, 0)
-    if labels.device.type == "cpu" and labels.numel():  # elsewhere asking would wait for the device
-        low, high = known.aminmax()
-        torch._assert_async(((low >= 0) & (high < logits.shape[1])).all(), "Target is out of bounds.")
     dtype = accumulate_dtype(logits)
     each = counted.to(dtype) if weight is None else weight.detach().to(dtype)[known].where(counted, 0)
     total = _InterpolatedCrossEntropy.apply(logits, known, counted, each, resizing, weight, label_smoothing)
@@ -96,45 +96,11 @@ class _InterpolatedCrossEntropy(torch.autograd.Function):
         weight: Tensor | None,
         label_smoothing: float,
     ) -> Tensor:
-        batch, classes, height, width = logits.shape
-        dtype = each.dtype
-        rows = resizing_matrix(height, resizing.size[0], resizing, dtype, logits.device)
-        columns = resizing_matrix(width, resizing.size[1], resizing, dtype, logits.device)
-        smoothed = None
-        if label_smoothing:
-            smoothed = each.new_ones(classes) if weight is None else weight.detach().to(dtype)
-            smoothed = (smoothed * (label_smoothing / classes)).unsqueeze(-1)
-        grad = torch.empty_like(logits, dtype=dtype) if ctx.needs_input_grad[0] else None
-        total = each.new_zeros(())
-        for sample in range(batch):
-            # Rows come first: resizing them is one small product for all classes and columns, (rows, classes * width).
-            small = logits[sample].detach().to(dtype).transpose(0, 1).reshape(height, -1)
-            small_grad = torch.zeros_like(small)
-            for band, source in _bands(logits.shape, resizing, logits.device.type):
-                part = rows[band, source]
-                z = (part @ small[source]).view(-1, width) @ columns.t()
-                z = z.view(part.shape[0], classes, -1)
-                label = labels[sample, band].unsqueeze(1)
-                on_label = (1 - label_smoothing) * each[sample, band].unsqueeze(1)
-                mass = on_label
-                if smoothed is not None:
-                    inside = counted[sample, band].unsqueeze(1)
-                    mass = mass + inside * smoothed.sum()
-                    total -= ((smoothed * z).sum(1, keepdim=True) * inside).sum()
-                total -= (on_label * z.gather(1, label)).sum()
-                greatest = z.amax(1, keepdim=True)
-                z.sub_(greatest).exp_()
-                normaliser = z.sum(1, keepdim=True)
-                total += ((greatest + normaliser.log()) * mass).sum()
-                if grad is None:
-                    continue
-                z.mul_(mass / normaliser).scatter_add_(1, label, -on_label)
-                if smoothed is not None:
-                    z.sub_(smoothed * inside)
-                by_rows = z.view(-1, z.shape[-1]) @ columns
-                small_grad[source].addmm_(part.t(), by_rows.view(part.shape[0], -1))
-            if grad is not None:
-                grad[sample] = small_grad.view(height, classes, width).transpose(0, 1)
+        # Whatever autocast computes in, these sums are taken in `each.dtype`.
+        with without_autocast(logits.device.type):
+            total, grad = _total_and_gradient(
+                logits, labels, counted, each, resizing, weight, label_smoothing, ctx.needs_input_grad[0]
+            )
         if grad is not None:
             ctx.save_for_backward(grad.to(logits.dtype))
         return total
@@ -144,6 +110,59 @@ class _InterpolatedCrossEntropy(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return (grad * grad_output).to(grad.dtype), *(None,) * 6
+
+
+def _total_and_gradient(
+    logits: Tensor,
+    labels: Tensor,
+    counted: Tensor,
+    each: Tensor,
+    resizing: Resizing,
+    weight: Tensor | None,
+    label_smoothing: float,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The sum of all pixels' losses, and its gradient by the logits if that is needed."""
+    batch, classes, height, width = logits.shape
+    dtype = each.dtype
+    rows = resizing_matrix(height, resizing.size[0], resizing, dtype, logits.device)
+    columns = resizing_matrix(width, resizing.size[1], resizing, dtype, logits.device)
+    smoothed = None
+    if label_smoothing:
+        smoothed = each.new_ones(classes) if weight is None else weight.detach().to(dtype)
+        smoothed = (smoothed * (label_smoothing / classes)).unsqueeze(-1)
+    grad = torch.empty_like(logits, dtype=dtype) if needs_grad else None
+    total = each.new_zeros(())
+    for sample in range(batch):
+        # Rows come first: resizing them is one small product for all classes and columns, (rows, classes * width).
+        small = logits[sample].detach().to(dtype).transpose(0, 1).reshape(height, -1)
+        small_grad = torch.zeros_like(small)
+        for band, source in _bands(logits.shape, resizing, logits.device.type):
+            part = rows[band, source]
+            z = (part @ small[source]).view(-1, width) @ columns.t()
+            z = z.view(part.shape[0], classes, -1)
+            label = labels[sample, band].unsqueeze(1)
+            on_label = (1 - label_smoothing) * each[sample, band].unsqueeze(1)
+            mass = on_label
+            if smoothed is not None:
+                inside = counted[sample, band].unsqueeze(1)
+                mass = mass + inside * smoothed.sum()
+                total -= ((smoothed * z).sum(1, keepdim=True) * inside).sum()
+            total -= (on_label * z.gather(1, label)).sum()
+            greatest = z.amax(1, keepdim=True)
+            z.sub_(greatest).exp_()
+            normaliser = z.sum(1, keepdim=True)
+            total += ((greatest + normaliser.log()) * mass).sum()
+            if grad is None:
+                continue
+            z.mul_(mass / normaliser).scatter_add_(1, label, -on_label)
+            if smoothed is not None:
+                z.sub_(smoothed * inside)
+            by_rows = z.view(-1, z.shape[-1]) @ columns
+            small_grad[source].addmm_(part.t(), by_rows.view(part.shape[0], -1))
+        if grad is not None:
+            grad[sample] = small_grad.view(height, classes, width).transpose(0, 1)
+    return total, grad
 
 
 @lru_cache(maxsize=32)

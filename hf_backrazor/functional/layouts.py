@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..packing import (
+    CellCodes,
     Cells,
+    CellTable,
     Integers,
     Kept,
     Layout,
@@ -22,16 +24,20 @@ from ..packing import (
     RowMap,
     SparseLayout,
     decode_cells,
-    decode_integers,
+    decode_cells_as_integers,
     unpack_bits,
 )
 
 
 @dataclass(frozen=True)
-class AffineLayout(Layout):
-    """A norm's output gamma * x_hat + beta. Own parts: gamma and beta, `(columns,)`, each only if there is one."""
+class _AffineLayout(Layout):
+    """A norm's output gamma * x_hat + beta. Own parts: gamma and beta, each only if there is one.
 
-    x_hat: Layout
+    Its two kinds say what gamma and beta belong to, and neither is the other: what can be done with a number for each
+    column (to apply gamma to a weight's gradient, say) would be wrong with one for each row.
+    """
+
+    x_hat: SparseLayout
     has_gamma: bool
     has_beta: bool
 
@@ -46,6 +52,11 @@ class AffineLayout(Layout):
         return self.x_hat.dtype
 
     @property
+    def matrix(self) -> tuple[int, int]:
+        """See `Layout.matrix`."""
+        return self.x_hat.matrix
+
+    @property
     def sliceable(self) -> bool:
         """See `Layout.sliceable`."""
         return self.x_hat.sliceable
@@ -57,6 +68,10 @@ class AffineLayout(Layout):
         gamma = parts.pop() if self.has_gamma else None
         return parts, gamma, beta
 
+
+class ColumnAffineLayout(_AffineLayout):
+    """LayerNorm's or RMSNorm's output: gamma and beta are `(columns,)`, a number for each column."""
+
     def unpack_rows(self, parts: Sequence[Tensor], start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """See `Layout.unpack_rows`."""
         parts, gamma, beta = self.split(parts)
@@ -65,16 +80,11 @@ class AffineLayout(Layout):
         return x if beta is None else x + beta.to(dtype)
 
 
-@dataclass(frozen=True)
-class ChannelAffineLayout(AffineLayout):
-    """As `AffineLayout` for `(batch, channels, ...)` with a row for each channel: gamma and beta are `(channels,)`."""
+class ChannelAffineLayout(_AffineLayout):
+    """Batch, group or instance norm's output `(batch, channels, ...)`, with a row for each channel of each sample.
 
-    x_hat: SparseLayout
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """See `Layout.matrix`."""
-        return self.x_hat.matrix
+    Gamma and beta are `(channels,)`, so that a row has one number of each.
+    """
 
     def unpack_rows(
         self,
@@ -138,10 +148,11 @@ class RectifiedLayout(Layout):
 
 @dataclass(frozen=True)
 class CellLayout(Layout):
-    """A function of a tensor of which only the cells are known that its elements lie in. Own part: the codes.
+    """A function of a tensor of which only the cells are known that its elements lie in. Own parts: `CellCodes`.
 
     Attributes:
         columns: elements in a row.
+        cells: the divisions that a row's cells may be of.
         table: what the function is taken for in each cell.
     """
 
@@ -149,7 +160,7 @@ class CellLayout(Layout):
     dtype: torch.dtype
     columns: int
     cells: Cells
-    table: tuple[float, ...]
+    table: CellTable
 
     sliceable = True
     coarse = True
@@ -164,20 +175,26 @@ class CellLayout(Layout):
         if matrix == self.matrix:
             return Packed(self, tuple(parts))
         rows, columns = matrix
-        # Where rows end with a byte, codes run on from row to row. Those of three bits are two planes in each row.
-        if self.cells.bits == 3 or columns * self.cells.bits % 8 or self.columns * self.cells.bits % 8:
+        # Where rows end with a byte, codes run on from row to row. Those of three bits are two planes in each row. Rows
+        # that become one may be coded by different divisions.
+        if self.cells.bits == 3 or not columns or self.columns % columns or columns * self.cells.bits % 8:
             return None
-        return Packed(replace(self, columns=columns), (parts[0].view(rows, -1),))
+        fields, member = parts
+        return Packed(
+            replace(self, columns=columns), (fields.view(rows, -1), member.repeat_interleave(self.columns // columns))
+        )
 
     def unpack_rows(self, parts: Sequence[Tensor], start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """See `Layout.unpack_rows`."""
-        return decode_cells(parts[0][start:stop], self.matrix[1], self.cells, self.table, dtype)
+        fields, member = parts
+        codes = CellCodes(fields[start:stop], member[start:stop])
+        return decode_cells(codes, self.matrix[1], self.cells, self.table, dtype)
 
     def integers(self, parts: Sequence[Tensor], kept: Kept | None = None) -> Integers | None:
         """See `Layout.integers`. What is `kept` exactly takes the place of the codes there."""
         if self.cells.bits == 8:
             return None
-        return decode_integers(parts[0], self.matrix[1], self.cells.bits, self.table, None, kept)
+        return decode_cells_as_integers(CellCodes(*parts[:2]), self.matrix[1], self.cells, self.table, kept)
 
 
 @dataclass(frozen=True)

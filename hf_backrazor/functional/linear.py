@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from ..packing import Layout, Packed, PackSpec, fast_with_integers, weight_gradient
-from .layouts import AffineLayout
+from .differentiation import restored, saved_parts, twice_differentiable
+from .layouts import ColumnAffineLayout
 from .precision import accumulate_dtype, compute_dtype
 from .sharing import pack_shared
 
@@ -62,13 +63,15 @@ class _Linear(torch.autograd.Function):
         ctx.transposed = transposed
         ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(weight, *packed.parts)
-        if not transposed:
-            return F.linear(x, weight, bias)
-        return torch.addmm(bias, x.view(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[-1])
+        ctx.save_for_backward(weight, *saved_parts(x, packed))
+        if transposed:
+            y = torch.addmm(bias, x.view(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[-1])
+        else:
+            y = F.linear(x, weight, bias)
+        return y.detach()  # no view, which autograd would not let anybody change in place
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         weight, *parts = ctx.saved_tensors
         grad_input = grad_weight = grad_bias = None
@@ -78,7 +81,11 @@ class _Linear(torch.autograd.Function):
             grad_input = grad_rows @ (compute.t() if ctx.transposed else compute)
             grad_input = grad_input.view(ctx.input_shape).to(ctx.input_dtype)
         if ctx.needs_input_grad[1]:
-            if ctx.integers:
+            if torch.is_grad_enabled():
+                x = restored(ctx.layout, parts, grad_rows.dtype, constant=not ctx.needs_input_grad[0])
+                rows = x.reshape(-1, x.shape[-1])
+                grad_weight = rows.t() @ grad_rows if ctx.transposed else grad_rows.t() @ rows
+            elif ctx.integers:
                 grad_weight, grad_bias = _grads_by_integers(grad_rows, ctx.layout, parts, ctx.transposed)
             if grad_weight is None:
                 grad_weight = _grad_weight(grad_rows, ctx.layout, parts, ctx.transposed)
@@ -95,7 +102,7 @@ def _grads_by_integers(
 ) -> tuple[Tensor | None, Tensor | None]:
     """As `_grad_weight`, from the codes, and db; None where they do not allow for that, or it would not be faster."""
     gamma = beta = None
-    if isinstance(layout, AffineLayout):
+    if isinstance(layout, ColumnAffineLayout):
         parts, gamma, beta = layout.split(parts)
         layout = layout.x_hat
     if grad_rows.dtype == torch.float64 or not fast_with_integers(grad_rows, layout.matrix[1]):
@@ -112,7 +119,7 @@ def _grad_weight(grad_rows: Tensor, layout: Layout, parts: Sequence[Tensor], tra
 
     For x = gamma x_hat + beta, dY^T x is (dY^T x_hat) gamma + sum(dY) beta^T.
     """
-    if isinstance(layout, AffineLayout):
+    if isinstance(layout, ColumnAffineLayout):
         parts, gamma, beta = layout.split(parts)
         grad_weight = _grad_weight(grad_rows, layout.x_hat, parts, transposed)
         by_input = grad_weight.t() if transposed else grad_weight

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
+from .differentiation import once_differentiable
+from .labels import check_labels
 from .precision import accumulate_dtype, current_autocast
 
 # Logits in a tile: 16 MiB in float32 on a CPU. A tile spans all tokens where it can, so that each part of the weight
@@ -41,14 +43,19 @@ def linear_cross_entropy(
         weight: `(classes, features)`.
         bias: `(classes,)` or None.
         labels: `(tokens,)`, int64.
-        elementwise: what happens to the logits before the loss, such as a soft cap; None: nothing.
+        elementwise: what happens to the logits before the loss, such as a soft cap; None: nothing. It lives as long as
+            the loss's graph.
         ignore_index: see `torch.nn.functional.cross_entropy`.
         label_smoothing: see there.
         reduction: see there.
 
     Returns:
         The loss, in float32 or wider: a scalar, or `(tokens,)` for the reduction `"none"`.
+
+    Raises:
+        IndexError: a label is neither a class nor `ignore_index`; on a GPU an assertion fails there instead.
     """
+    check_labels(labels, weight.shape[0], labels != ignore_index)
     losses = _LinearCrossEntropy.apply(hidden, weight, bias, labels, elementwise, ignore_index, label_smoothing)
     if reduction == "none":
         return losses

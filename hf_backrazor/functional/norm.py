@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from ..packing import Packed, PackSpec, norm_gradients, pack, packed_norm_gradients, sparse_layout
+from .differentiation import replayed, replayed_gradients, restored, saved_parts
 from .precision import accumulate_dtype
 from .sharing import note_affine, pack_shared
 
@@ -73,11 +75,45 @@ def rms_norm(
         As `forward(x)`.
     """
     if stores == "input":
-        return _RMSNorm.apply(x, weight, eps, spec, pack_shared(x, spec), offset, forward)
+        packed = pack_shared(x, spec)
+        if forward is not None and packed.layout.whole and x.dtype != torch.float32:
+            # Norms of Transformers save what they cast to float32, so that `x` itself may be changed later.
+            packed = Packed(packed.layout, (x.detach().clone(),))
+        return _RMSNorm.apply(x, weight, eps, spec, packed, offset, forward)
     y, *parts = _RMSNorm.apply(x, weight, eps, spec, None, offset, forward)
     gamma = weight if weight is None or not offset else weight.detach() + offset
     note_affine(y, sparse_layout(x.shape, x.dtype, spec), parts, gamma, None)
     return y
+
+
+def _replay_layer_norm(ctx: FunctionCtx, grad_output: Tensor | None, *_parts: None) -> Any:
+    if not ctx.from_input or grad_output is None:
+        return NotImplemented
+    weight, _, _, *parts = ctx.saved_tensors
+
+    def plain(x: Tensor, weight: Tensor | None) -> Tensor:
+        return torch.nn.functional.layer_norm(x, ctx.normalized_shape, weight, None, ctx.eps)
+
+    x = restored(ctx.layout, parts, constant=not ctx.needs_input_grad[0])
+    grad_bias = None
+    if ctx.needs_input_grad[2]:
+        grad_bias = grad_output.sum_to_size(ctx.normalized_shape).to(ctx.bias_dtype)
+    return *replayed_gradients(plain, (x, weight), grad_output), grad_bias, None, None, None, None
+
+
+def _replay_rms_norm(ctx: FunctionCtx, grad_output: Tensor | None, *_parts: None) -> Any:
+    if not ctx.from_input or grad_output is None:
+        return NotImplemented
+    weight, _, *parts = ctx.saved_tensors
+
+    def plain(x: Tensor, weight: Tensor | None) -> Tensor:
+        wide = x.to(accumulate_dtype(x))
+        x_hat = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + ctx.eps)
+        y = x_hat if weight is None else x_hat * (weight.to(wide.dtype) + ctx.offset)
+        return y.to(grad_output.dtype)
+
+    x = restored(ctx.layout, parts, constant=not ctx.needs_input_grad[0])
+    return *replayed_gradients(plain, (x, weight), grad_output), None, None, None, None, None
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -96,12 +132,12 @@ class _LayerNorm(torch.autograd.Function):
         # On a CPU they come in the dtype of a 16-bit x.
         mean, rstd = mean.to(accumulate_dtype(x)), rstd.to(accumulate_dtype(x))
         ctx.from_input = packed_input is not None
-        ctx.normalized_shape = normalized_shape
+        ctx.normalized_shape, ctx.eps = normalized_shape, eps
         ctx.input_dtype = x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         if packed_input is not None:
             ctx.layout = packed_input.layout
-            ctx.save_for_backward(weight, rstd, mean, *packed_input.parts)
+            ctx.save_for_backward(weight, rstd, mean, *saved_parts(x, packed_input))
             return y
         if len(normalized_shape) == 1:
             packed = pack(x, spec, mean, rstd)
@@ -114,22 +150,22 @@ class _LayerNorm(torch.autograd.Function):
         return y, *packed.parts
 
     @staticmethod
-    @once_differentiable
+    @replayed(_replay_layer_norm)
     def backward(ctx: FunctionCtx, grad_output: Tensor | None, *_parts: None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return (None,) * 7
         weight, rstd, *parts = ctx.saved_tensors
         size = prod(ctx.normalized_shape)
         grad_rows, rstd = grad_output.to(rstd.dtype).reshape(-1, size), rstd.view(-1, 1)
-        gamma = None if weight is None else weight.to(rstd.dtype).view(size)
+        gamma = None if weight is None else weight.to(rstd.dtype).reshape(size)
         if ctx.from_input:
             mean, *parts = parts
-            x_hat = (ctx.layout.unpack(parts, rstd.dtype).view(-1, size) - mean.view(-1, 1)) * rstd
+            x_hat = (ctx.layout.unpack(parts, rstd.dtype).reshape(-1, size) - mean.view(-1, 1)) * rstd
             grads = norm_gradients(grad_rows, x_hat, rstd, gamma, centred=True)
         else:
             grads = packed_norm_gradients(grad_rows, ctx.layout, parts, rstd, gamma, centred=True)
         grad_input, grad_weight, grad_bias = grads
-        grad_input = grad_input.view(grad_output.shape).to(ctx.input_dtype)
+        grad_input = grad_input.reshape(grad_output.shape).to(ctx.input_dtype)
         grad_weight = grad_weight.view(weight.shape).to(weight.dtype) if ctx.needs_input_grad[1] else None
         grad_bias = grad_bias.view(ctx.normalized_shape).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         return grad_input, grad_weight, grad_bias, None, None, None, None
@@ -149,14 +185,14 @@ class _RMSNorm(torch.autograd.Function):
     ) -> Tensor | tuple[Tensor, ...]:
         y = torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps) if forward is None else forward(x)
         ctx.from_input = packed_input is not None
-        ctx.offset = offset
         ctx.input_dtype = x.dtype
         wide = x.to(accumulate_dtype(x))
         eps = torch.finfo(x.dtype).eps if eps is None else eps
+        ctx.offset, ctx.eps = offset, eps
         rstd = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         packed = packed_input or pack(x, spec, rstd=rstd)
         ctx.layout = packed.layout
-        ctx.save_for_backward(weight, rstd, *packed.parts)
+        ctx.save_for_backward(weight, rstd, *(packed.parts if packed_input is None else saved_parts(x, packed)))
         if packed_input is not None:
             return y
         ctx.mark_non_differentiable(*packed.parts)
@@ -164,7 +200,7 @@ class _RMSNorm(torch.autograd.Function):
         return y, *packed.parts
 
     @staticmethod
-    @once_differentiable
+    @replayed(_replay_rms_norm)
     def backward(ctx: FunctionCtx, grad_output: Tensor | None, *_parts: None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return (None,) * 7
@@ -173,10 +209,10 @@ class _RMSNorm(torch.autograd.Function):
         grad_rows, rstd = grad_output.to(rstd.dtype).reshape(-1, size), rstd.view(-1, 1)
         gamma = None if weight is None else weight.to(rstd.dtype) + ctx.offset
         if ctx.from_input:
-            x_hat = ctx.layout.unpack(parts, rstd.dtype).view(-1, size) * rstd
+            x_hat = ctx.layout.unpack(parts, rstd.dtype).reshape(-1, size) * rstd
             grads = norm_gradients(grad_rows, x_hat, rstd, gamma, centred=False)
         else:
             grads = packed_norm_gradients(grad_rows, ctx.layout, parts, rstd, gamma, centred=False)
-        grad_input = grads[0].view(grad_output.shape).to(ctx.input_dtype)
+        grad_input = grads[0].reshape(grad_output.shape).to(ctx.input_dtype)
         grad_weight = grads[1].to(weight.dtype) if ctx.needs_input_grad[1] else None
         return grad_input, grad_weight, None, None, None, None, None

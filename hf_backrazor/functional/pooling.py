@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from ..packing.bits import pack_codes, unpack_codes
+from .differentiation import twice_differentiable
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class _MaxPool2d(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor, None]:
         (stored,) = ctx.saved_tensors
         window: Window = ctx.window
@@ -185,7 +186,7 @@ class _Linear(torch.autograd.Function):
         return function(x, *arguments)
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         shape = _shape_alone(grad_output, ctx.input_shape)
         return ctx.gradient(grad_output, shape, *ctx.arguments), None, None, None

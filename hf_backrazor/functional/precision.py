@@ -27,6 +27,13 @@ def current_autocast(device_type: str) -> AbstractContextManager:
     )
 
 
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """A context in which tensors compute in their own dtypes."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
 def autocast_is_on(device_type: str) -> bool:
     """Whether autocast is on for devices of this type."""
     # Asking for a device without autocast ("meta") is an error.

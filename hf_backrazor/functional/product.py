@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from ..packing import Layout, Packed, PackSpec
+from .differentiation import restored, saved_parts, twice_differentiable
 from .layouts import ProductLayout
 from .sharing import note_origin, pack_shared
 
@@ -32,20 +33,24 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, y: Tensor, left: Packed, right: Packed) -> Tensor:
         ctx.left, ctx.right, ctx.left_parts = left.layout, right.layout, len(left.parts)
-        ctx.save_for_backward(*left.parts, *right.parts)
+        ctx.save_for_backward(*saved_parts(x, left), *saved_parts(y, right))
         return x * y
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        left, right = ctx.saved_tensors[: ctx.left_parts], ctx.saved_tensors[ctx.left_parts :]
-        grad_x = _times(grad_output, ctx.right, right) if ctx.needs_input_grad[0] else None
-        grad_y = _times(grad_output, ctx.left, left) if ctx.needs_input_grad[1] else None
+        saved = ctx.saved_tensors  # once: checkpointing unpacks each of them a single time
+        left, right = saved[: ctx.left_parts], saved[ctx.left_parts :]
+        needs_x, needs_y = ctx.needs_input_grad[:2]
+        grad_x = _times(grad_output, ctx.right, right, constant=not needs_y) if needs_x else None
+        grad_y = _times(grad_output, ctx.left, left, constant=not needs_x) if needs_y else None
         return grad_x, grad_y, None, None
 
 
-def _times(grad_output: Tensor, layout: Layout, parts: tuple[Tensor, ...]) -> Tensor:
+def _times(grad_output: Tensor, layout: Layout, parts: tuple[Tensor, ...], constant: bool) -> Tensor:
     """`grad_output` times what `parts` hold, a few rows at a time."""
+    if torch.is_grad_enabled():
+        return grad_output * restored(layout, parts, grad_output.dtype, constant)
     result = torch.empty_like(grad_output, memory_format=torch.contiguous_format)
     into, grad_rows = result.view(layout.matrix), grad_output.reshape(layout.matrix)
     for start, stop, factor in layout.slices(parts, grad_output.dtype):

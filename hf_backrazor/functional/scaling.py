@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from ..packing import Packed, PackSpec
+from .differentiation import restored, saved_parts, twice_differentiable
 from .precision import accumulate_dtype
 from .sharing import pack_shared
 
@@ -34,17 +35,20 @@ class _Scaling(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor, packed: Packed, row_dims: int) -> Tensor:
         ctx.layout, ctx.input_dtype, ctx.row_dims = packed.layout, x.dtype, row_dims
-        ctx.save_for_backward(scale, *packed.parts)
+        ctx.save_for_backward(scale, *saved_parts(x, packed))
         return x * scale
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         scale, *parts = ctx.saved_tensors
         grad_x = grad_scale = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad_output * scale).to(ctx.input_dtype)
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1] and torch.is_grad_enabled():
+            x = restored(ctx.layout, parts, grad_output.dtype, constant=not ctx.needs_input_grad[0])
+            grad_scale = (grad_output * x).sum_to_size(scale.shape).to(scale.dtype)
+        elif ctx.needs_input_grad[1]:
             grad_rows = grad_output.reshape(ctx.layout.matrix)
             dtype = accumulate_dtype(grad_rows)
             slices = ctx.layout.slices(parts, grad_output.dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -18,6 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .library import available, load
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.bool: 3}
+
+# Between reading the generator's state and writing it nobody else may draw. torch locks its generator for its own
+# operators; this lock is for those here.
+_one_at_a_time = Lock()
 
 # Below so many elements, reading and writing the generator's state takes longer than it saves.
 MIN_NUMEL = 4096
@@ -29,10 +34,15 @@ def bernoulli_(x: Tensor, p: float = 0.5) -> Tensor:
     fits = plain and x.dtype in _DTYPES and x.is_contiguous() and x.numel() >= MIN_NUMEL and 0 <= p <= 1
     if not fits or not available() or not _draws_like_torch():
         return x.bernoulli_(p)
-    state = torch.get_rng_state()
-    _fill(x, p, state)
-    torch.set_rng_state(state)
-    return x
+    with _one_at_a_time:
+        while True:
+            before = torch.get_rng_state()
+            after = before.clone()
+            _fill(x, p, after)
+            # Other threads may have drawn meanwhile, by torch: these numbers are theirs.
+            if torch.equal(torch.get_rng_state(), before):
+                torch.set_rng_state(after)
+                return x
 
 
 def _fill(x: Tensor, p: float, state: Tensor) -> Tensor:

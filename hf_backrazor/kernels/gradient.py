@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ class _IntegersArgs(ctypes.Structure):
         ("n", _int),
         ("bits", _int),
         ("table", _pointer),
+        ("member", _pointer),
         ("fields", _pointer),
         ("fields_stride", _int),
         ("k", _int),
@@ -74,29 +74,38 @@ class _GradientArgs(ctypes.Structure):
 
 
 def integers(
-    fields: Tensor, index: Tensor | None, n: int, k: int, coding: str, bits: int, table: Sequence[int]
+    fields: Tensor,
+    index: Tensor | None,
+    table: Tensor,
+    member: Tensor | None,
+    n: int,
+    k: int,
+    coding: str,
+    bits: int,
 ) -> Tensor:
     """Coded rows to 8-bit integers, zero where an element is kept exactly.
 
     Args:
         fields: uint8 `(rows, code_bytes)`.
         index: uint8 `(rows, index_bytes)`: the places of the `k` kept in each row, in the given `coding`; or None.
+        table: int8 `(members, 2 ** bits)`: what each code stands for.
+        member: uint8 `(rows,)`: whose line of the table holds for a row; or None: the first for all.
         n: elements in a row.
         k, coding: see `index`.
         bits: of the codes, 1 to 4.
-        table: what each code stands for, between -128 and 127.
 
     Returns:
         int8 `(rows, n)`.
     """
-    fields, index = fields.contiguous(), None if index is None else index.contiguous()
+    fields, table = fields.contiguous(), table.contiguous()
+    index, member = (None if t is None else t.contiguous() for t in (index, member))
     out = fields.new_empty((fields.shape[0], n), dtype=torch.int8)
-    stands_for = (ctypes.c_int8 * 16)(*table)
     arguments = _IntegersArgs(
         rows=fields.shape[0],
         n=n,
         bits=bits,
-        table=ctypes.addressof(stands_for),
+        table=table.data_ptr(),
+        member=address(member),
         fields=fields.data_ptr(),
         fields_stride=fields.shape[1],
         k=k,
@@ -196,7 +205,7 @@ def finish_gradient(
 
 _operators = torch.library.Library("hf_backrazor", "FRAGMENT")
 _operators.define(
-    "integers(Tensor fields, Tensor? index, int n, int k, str coding, int bits, int[] table) -> Tensor",
+    "integers(Tensor fields, Tensor? index, Tensor table, Tensor? member, int n, int k, str coding, int bits) -> Tensor"
 )
 _operators.define("round_gradient(Tensor grad, Tensor? row_scale, int seed) -> (Tensor, Tensor, Tensor)")
 _operators.define(
@@ -212,7 +221,7 @@ _operators.impl("finish_gradient", on_cuda("gradient", "finish_gradient"), "CUDA
 
 
 @torch.library.register_fake("hf_backrazor::integers")
-def _fake_integers(fields, index, n, k, coding, bits, table) -> Tensor:
+def _fake_integers(fields, index, table, member, n, k, coding, bits) -> Tensor:
     return fields.new_empty((fields.shape[0], n), dtype=torch.int8)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import activations as hf
 
 from ..config import RazorConfig
@@ -25,7 +26,7 @@ from ..functional.activation import (
     cell_tables,
     leaky_relu,
 )
-from .base import RazorModule
+from .base import RazorModule, activation_bits
 
 # Class -> what is known of its derivative (or how to find that for an instance). None: autograd finds it from the
 # input, kept in half precision.
@@ -86,14 +87,16 @@ class RazorActivation(RazorModule):
         rule = RULES[self.plain_class]
         return rule if rule is None or isinstance(rule, ActivationRule) else rule(self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As the plain module; saves `x`, in few bits or as it is."""
+    def forward(self, input: Tensor) -> Tensor:
+        """As the plain module; saves `input`, in few bits or as it is."""
         parameters = tuple(self.parameters())
-        active = self.razor_active(x, *parameters) and self.worth_packing(x)
+        # Parametrized ones would be computed again in backward.
+        active = self.razor_active(input, *parameters) and self.worth_packing(input) and not is_parametrized(self)
         inplace = getattr(self, "inplace", False)
-        if not active or (inplace and x._is_view()):  # see `RazorDropout`
-            return super().forward(x)
-        return activation(x, super().forward, self.rule, self.razor_config.activation_bits, parameters, inplace)
+        if not active or (inplace and input._is_view()):  # see `RazorDropout`
+            return super().forward(input)
+        bits = activation_bits(self.razor_config, input)
+        return activation(input, super().forward, self.rule, bits, parameters, inplace)
 
     def razor_repr(self) -> str:
         """See `RazorModule.razor_repr`."""

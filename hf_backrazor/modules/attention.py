@@ -11,12 +11,13 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
@@ -119,26 +120,39 @@ def razor_attention_forward(
     elif config.attention == "sparse":
         return _sparse(module, function, query, key, value, attention_mask, kwargs), None
 
-    # Tensors among the arguments go through autograd by themselves; everything else is bound to the call.
-    names = [name for name, argument in kwargs.items() if isinstance(argument, Tensor)]
-    bound = {name: argument for name, argument in kwargs.items() if name not in names}
-    others = [kwargs[name] for name in names]
-    masks = [attention_mask] if isinstance(attention_mask, Tensor) else []
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, *others: Tensor) -> Tensor:
-        # By position: attention functions give it names of their own.
-        mask = others[0] if masks else attention_mask
-        named = dict(zip(names, others[len(masks) :], strict=True))
-        # Eager attention drops if its module is in training; the module may have left that before backward.
-        training, module.training = module.training, True
-        try:
-            return function(module, query, key, value, mask, **bound, **named)[0]
-        finally:
-            module.training = training
-
+    # Tensors among the arguments go through autograd by themselves. `attend` lives as long as the graph does, and must
+    # hold none of them: a mask that it held would stay whole, beside the packed one.
+    leaves, tree = tree_flatten((attention_mask, kwargs))
+    others = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    bound = [_PLACE if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    attend = partial(_attend, function, module, bound, tree)
     spec = input_spec(config) if config.attention == "sparse" else _qkv_spec(config)
     random = bool(kwargs.get("dropout"))
-    return recomputed_attention(attend, query, key, value, masks + others, spec, random, parameters), None
+    return recomputed_attention(attend, query, key, value, others, spec, random, parameters), None
+
+
+_PLACE = object()
+
+
+def _attend(
+    function: Callable,
+    module: nn.Module,
+    bound: list[Any],
+    tree: TreeSpec,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *others: Tensor,
+) -> Tensor:
+    """Attention's output, with `others` for mask and named arguments wherever `bound` leaves a place for a tensor."""
+    tensors = iter(others)
+    mask, named = tree_unflatten([next(tensors) if leaf is _PLACE else leaf for leaf in bound], tree)
+    # Eager attention drops if its module is in training; the module may have left that before backward.
+    training, module.training = module.training, True
+    try:
+        return function(module, query, key, value, mask, **named)[0]
+    finally:
+        module.training = training
 
 
 def _sparse(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from ..functional import batch_norm
@@ -20,17 +21,22 @@ class RazorBatchNorm(RazorModule):
         types = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
         return isinstance(module, types) and type(module).forward is nn.BatchNorm2d.forward
 
-    def razor_active(self, *tensors: Tensor | None) -> bool:
+    def razor_active(self, *tensors: Tensor | None, parameters: Sequence[str] = ()) -> bool:
         """In eval mode too, if there are gradients: that is how statistics are kept fixed while the rest trains."""
-        return (
-            self.razor_enabled and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-        )
+        return self._saves_for(tensors, parameters)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As the plain module; saves x_hat or `x` packed, or nothing if statistics and weight are fixed."""
-        if x.dim() < 3 or not self.razor_active(x, self.weight, self.bias) or not self.worth_packing(x):
-            return super().forward(x)
-        self._check_input_dim(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """As the plain module; saves x_hat or `input` packed, or nothing if statistics and weight are fixed."""
+        # With one value a channel torch refuses to take statistics.
+        one_value = input.dim() > 1 and input.numel() == input.shape[1]
+        if (
+            input.dim() < 3
+            or one_value
+            or not self.razor_active(input, parameters=("weight", "bias"))
+            or not self.worth_packing(input)
+        ):
+            return super().forward(input)
+        self._check_input_dim(input)
         momentum = self.momentum or 0.0
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -40,7 +46,7 @@ class RazorBatchNorm(RazorModule):
         update = not self.training or self.track_running_stats
         config = self.razor_config
         return batch_norm(
-            x,
+            input,
             self.running_mean if update else None,
             self.running_var if update else None,
             self.weight,
@@ -48,7 +54,7 @@ class RazorBatchNorm(RazorModule):
             by_batch,
             momentum,
             self.eps,
-            map_norm_spec(config, x.dim() - 2),
+            map_norm_spec(config, input.dim() - 2),
             stores=config.norm,
         )
 

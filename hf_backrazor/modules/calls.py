@@ -24,6 +24,7 @@ from ..functional import (
     adaptive_average_pool2d,
     average_pool2d,
     convolution,
+    convolution_same,
     dropout,
     group_norm,
     layer_norm,
@@ -37,7 +38,7 @@ from ..functional.activation import GELU, GELU_TANH, HARDSIGMOID, HARDSWISH, MIS
 from ..functional.interpolated_cross_entropy import MODES
 from ..functional.scaling import rows_of_scaling
 from ..functional.sharing import origin_of
-from .base import RazorModule, input_spec, linear_spec, map_norm_spec, norm_spec, product_spec
+from .base import RazorModule, activation_bits, input_spec, linear_spec, map_norm_spec, norm_spec, product_spec
 from .resized_logits import LazyResizedLogits, resizes_logits
 
 
@@ -61,7 +62,7 @@ def _activation(function: Callable[..., Tensor], rule: Callable[..., ActivationR
         inplace = others.get("inplace", False)
         if not _saves(module, input) or (inplace and input._is_view()):
             return NotImplemented
-        bits = module.razor_config.activation_bits
+        bits = activation_bits(module.razor_config, input)
         return activation(input, lambda x: function(x, **others), rule(**others), bits, inplace=inplace)
 
     return call
@@ -101,8 +102,10 @@ def _convolution(dimensions: int) -> Callable:
     ) -> Any:
         if input.dim() != weight.dim() or not _saves(module, input, weight):
             return NotImplemented
-        geometry = Geometry.of(weight, stride, padding, dilation, groups)
         spec = input_spec(module.razor_config, dimensions)
+        if padding == "same":
+            return convolution_same(input, weight, bias, stride, dilation, groups, spec)
+        geometry = Geometry.of(weight, stride, padding, dilation, groups)
         forward = partial(function, weight=weight, bias=bias, stride=stride, padding=padding)
         return convolution(input, weight, bias, geometry, partial(forward, dilation=dilation, groups=groups), spec)
 
@@ -131,7 +134,8 @@ def _group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Any:
-    if input.dim() < 3 or not _saves(module, input, weight):
+    # Of one value torch refuses to take statistics.
+    if input.dim() < 3 or input.numel() == num_groups or not _saves(module, input, weight):
         return NotImplemented
     config = module.razor_config
     spec = map_norm_spec(config, input.dim() - 2)

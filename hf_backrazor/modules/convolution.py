@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import Geometry, convolution
+from ..functional import Geometry, convolution, convolution_same
 from .base import RazorModule, describe, input_spec
 
 _TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -28,22 +31,29 @@ class RazorConvolution(RazorModule):
             return None
         return f"{type(module).__name__} has a forward of its own"
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """As the plain module; saves `x` packed where the weight is being trained, and else nothing of it."""
-        arguments = () if output_size is None else (output_size,)
-        batched = x.dim() == self.weight.dim()
-        if not batched or not self.razor_active(x, self.weight) or not self.worth_packing(x):
-            return super().forward(x, *arguments)
-        spatial = x.dim() - 2
-        output_padding = None
-        if self.transposed:
-            output_padding = self._output_padding(
-                x, output_size, self.stride, self.padding, self.kernel_size, spatial, self.dilation
-            )
-        geometry = Geometry.of(self.weight, self.stride, self.padding, self.dilation, self.groups, output_padding)
-        plain = super().forward
-        spec = input_spec(self.razor_config, spatial)
-        return convolution(x, self.weight, self.bias, geometry, lambda x: plain(x, *arguments), spec)
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """As the plain module; saves `input` packed where the weight is being trained, and else nothing of it."""
+        batched = input.dim() == len(self.kernel_size) + 2
+        active = self.razor_active(input, parameters=("weight",)) and self.worth_packing(input)
+        if not batched or not active:
+            return super().forward(input, *(() if output_size is None else (output_size,)))
+        spatial = input.dim() - 2
+        weight, bias, spec = self.weight, self.bias, input_spec(self.razor_config, spatial)
+        if self.padding == "same":
+            return convolution_same(input, weight, bias, self.stride, self.dilation, self.groups, spec)
+        moves = (self.stride, self.padding, self.dilation, self.groups)
+        if not self.transposed:
+            forward = partial(self._conv_forward, weight=weight, bias=bias)
+            return convolution(input, weight, bias, Geometry.of(weight, *moves), forward, spec)
+        output_padding = self._output_padding(
+            input, output_size, self.stride, self.padding, self.kernel_size, spatial, self.dilation
+        )
+        transpose = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
+
+        def forward(x: Tensor) -> Tensor:
+            return transpose(x, weight, bias, self.stride, self.padding, output_padding, self.groups, self.dilation)
+
+        return convolution(input, weight, bias, Geometry.of(weight, *moves, output_padding), forward, spec)
 
     def razor_repr(self) -> str:
         """See `RazorModule.razor_repr`."""

@@ -18,9 +18,10 @@ class RazorDropout(RazorModule):
         """See `RazorModule.handles`."""
         return type(module).forward is nn.Dropout.forward
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """As the plain module; saves one bit an element."""
-        active = 0 < self.p < 1 and self.razor_active(x) and self.worth_packing(x)
-        if not active or (self.inplace and x._is_view()):  # autograd allows no function of two results to change a view
-            return super().forward(x)
-        return dropout(x, self.p, self.inplace)
+        active = 0 < self.p < 1 and self.razor_active(input) and self.worth_packing(input)
+        # Autograd allows no function of two results to change a view.
+        if not active or (self.inplace and input._is_view()):
+            return super().forward(input)
+        return dropout(input, self.p, self.inplace)

@@ -18,13 +18,18 @@ class RazorGroupNorm(RazorModule):
         """See `RazorModule.handles`."""
         return type(module).forward is nn.GroupNorm.forward
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As the plain module; saves x_hat or `x` packed."""
-        if x.dim() < 3 or not self.razor_active(x, self.weight) or not self.worth_packing(x):
-            return super().forward(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """As the plain module; saves x_hat or `input` packed."""
+        if (
+            input.dim() < 3
+            or input.numel() == self.num_groups
+            or not self.razor_active(input, parameters=("weight",))
+            or not self.worth_packing(input)
+        ):
+            return super().forward(input)
         config = self.razor_config
-        spec = map_norm_spec(config, x.dim() - 2)
-        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, spec, stores=config.norm)
+        spec = map_norm_spec(config, input.dim() - 2)
+        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps, spec, stores=config.norm)
 
     def razor_repr(self) -> str:
         """See `RazorModule.razor_repr`."""
@@ -48,19 +53,21 @@ class RazorInstanceNorm(RazorModule):
             return f"{type(module).__name__} has running statistics, or a forward of its own"
         return None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As the plain module; saves x_hat or `x` packed."""
-        batched = x.dim() == self._get_no_batch_dim() + 1
-        if not batched or not self.razor_active(x, self.weight) or not self.worth_packing(x):
-            return super().forward(x)
-        self._check_input_dim(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """As the plain module; saves x_hat or `input` packed."""
+        batched = input.dim() == self._get_no_batch_dim() + 1
+        one_value = input.numel() == input.shape[:2].numel()  # torch refuses to take statistics
+        active = self.razor_active(input, parameters=("weight",)) and self.worth_packing(input)
+        if not batched or one_value or not active:
+            return super().forward(input)
+        self._check_input_dim(input)
         # As torch does it: a batch norm of one sample with a channel for each channel of each sample.
-        samples, channels, *spatial = x.shape
+        samples, channels, *spatial = input.shape
         weight, bias = (None if t is None else t.repeat(samples) for t in (self.weight, self.bias))
         config = self.razor_config
         spec = map_norm_spec(config, len(spatial))
-        flat = x.contiguous().view(1, samples * channels, *spatial)
+        flat = input.contiguous().view(1, samples * channels, *spatial)
         y = batch_norm(flat, None, None, weight, bias, True, 0.0, self.eps, spec, stores=config.norm)
-        return y.view(x.shape)
+        return y.view(input.shape)
 
     razor_repr = RazorGroupNorm.razor_repr

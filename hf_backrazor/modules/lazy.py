@@ -1,80 +1,467 @@
 """Tensors that know how they are computed, and are not computed yet.
 
-What is asked of shape, dtype or device is answered at once. What a handler knows is done without the elements. Anything
-else makes the tensor compute itself, once, as the plain code would have.
+A lazy tensor is the output of one autograd function, so that whatever is done with it leaves the gradient that the
+plain code would leave. Its elements are computed once, when an operator reads them. Views, casts and a few other
+operators are put off as well. A function that has a cheaper way to its result than the elements takes that way, as long
+as nobody can tell the difference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves, tree_map
+from transformers.utils import logging
+
+from ..functional.precision import current_autocast
+
+logger = logging.get_logger(__name__)
+
+FINGERPRINT_NUMEL = 256
+
+
+class Computation:
+    """A tensor as a function of others, for subclasses to say which; nothing is computed before it is asked for.
+
+    Args:
+        inputs: what the tensor depends on; None where the function takes that.
+        name: what is computed, for errors and notices.
+    """
+
+    def __init__(self, inputs: tuple[Tensor | None, ...], name: str) -> None:
+        self.inputs, self.name = inputs, name
+        self._versions = self._current_versions()
+        self._fingerprints = self._current_fingerprints()
+
+    def forward(self, *inputs: Tensor | None) -> Tensor:
+        """The tensor, for detached `inputs`; runs below autograd."""
+        raise NotImplementedError
+
+    def gradients(self, grad: Tensor, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+        """Those of `self.inputs` that are needed, differentiable themselves."""
+        raise NotImplementedError
+
+    def elements(self, asked_by: str) -> Tensor:
+        """The tensor, without a graph; `asked_by` names the function that reads it.
+
+        Raises:
+            RuntimeError: an input is not what it was when the tensor was made.
+        """
+        if not self.unchanged():
+            raise RuntimeError(
+                f"{self.name} were not computed before the weights that they depend on, or their input, changed, and "
+                "can no longer be: read or detach them before `optimizer.step()`, or what else changes these in place"
+            )
+        logger.warning_once(
+            f"{self.name} are computed whole, as `{asked_by}` asks for them; "
+            "`torch.nn.functional.cross_entropy` over class numbers does without"
+        )
+        # Later operators may save what is first read in inference mode.
+        with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
+            return self.forward(*(None if x is None else x.detach() for x in self.inputs))
+
+    def unchanged(self) -> bool:
+        """Whether the inputs are what they were when the tensor was made."""
+        # Some optimizers write without a new version, through `.data` or in kernels of their own.
+        return self._versions == self._current_versions() and all(
+            map(_identical, self._fingerprints, self._current_fingerprints())
+        )
+
+    def require_same_versions(self) -> None:
+        """Raise RuntimeError if an input that the gradient depends on has been written to, as autograd does."""
+        if self._versions != self._current_versions():
+            raise RuntimeError(
+                f"one of the tensors that {self.name} depend on has been modified by an inplace operation, so that "
+                "their gradient can no longer be computed: call `backward` before `optimizer.step()`"
+            )
+
+    def _current_versions(self) -> list[int]:
+        return [0 if x is None or x.is_inference() else x._version for x in self.inputs]
+
+    def _current_fingerprints(self) -> list[Tensor | None]:
+        return [_fingerprint(x) for x in self.inputs if x is not None and x.is_leaf]
+
+
+def _fingerprint(x: Tensor) -> Tensor | None:
+    """At most `FINGERPRINT_NUMEL` elements from all over `x`; None where there are none to compare."""
+    # FSDP may have taken the memory away again.
+    gone = x.is_meta or isinstance(x, FakeTensor) or type(x) not in (Tensor, torch.nn.Parameter)
+    if gone or x.untyped_storage().size() == 0 or not x.numel():
+        return None
+    with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
+        places = torch.arange(0, x.numel(), -(-x.numel() // FINGERPRINT_NUMEL), device=x.device)
+        return x.detach()[torch.unravel_index(places, x.shape)]
+
+
+def _identical(x: Tensor | None, y: Tensor | None) -> bool:
+    if x is None or y is None:
+        return True
+    return torch.equal(x, y) or torch.allclose(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+class Elements:
+    """The elements of a lazy tensor, or how they come to be.
+
+    Args:
+        make: computes them; called with the name of the function that asks.
+        owner: where these are a view, whose memory they lie in.
+    """
+
+    def __init__(self, make: Callable[[str], Tensor], owner: Elements | None = None) -> None:
+        self._view_of = owner
+        self._make: Callable[[str], Tensor] | None = make
+        self._values: Tensor | None = None
+        self._copies: WeakSet[Elements] = WeakSet()
+        self._shared = False
+
+    @property
+    def owner(self) -> Elements:
+        """Whose memory they lie in."""
+        return self._view_of or self
+
+    @property
+    def there(self) -> bool:
+        """Whether they are computed."""
+        return self._values is not None
+
+    def get(self, asked_by: str) -> Tensor:
+        """A dense tensor without a graph, always the same."""
+        if self._values is None:
+            self._values = self._make(asked_by)
+            self._make = None
+        return self._values
+
+    def handed_out(self, asked_by: str) -> Tensor:
+        """As `get`, for whoever may write to it."""
+        self.share()
+        return self.get(asked_by).detach()
+
+    def then(self, function: Callable[[Tensor], Tensor], view: bool) -> Elements:
+        """Those of `function` of these; `view`: in the same memory."""
+        result = Elements(lambda asked_by: function(self.get(asked_by)), self.owner if view else None)
+        if not view:
+            if self.owner._shared:
+                result.get("a copy")
+            else:
+                self.owner._copies.add(result)
+        return result
+
+    def share(self) -> None:
+        """To be called before the memory can be written to: compute what was put off and reads it.
+
+        As nobody tells when that happens, copies are made at once from now on.
+        """
+        self.owner._shared = True
+        for other in list(self.owner._copies):
+            other.get("a change in place")
+        self.owner._copies.clear()
+
+
+class _Deferred(torch.autograd.Function):
+    """The one place of a lazy tensor in the graph: between it and the inputs of its computation."""
+
+    @staticmethod
+    def forward(ctx: Any, computation: Computation, make: Callable[[], LazyTensor], *inputs: Tensor | None) -> Tensor:
+        ctx.computation = computation
+        ctx.set_materialize_grads(False)
+        return make()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[2:]
+        if grad is None:
+            return (None,) * (2 + len(needed))
+        ctx.computation.require_same_versions()
+        return None, None, *ctx.computation.gradients(grad, needed)
+
+
+class _Whole(torch.autograd.Function):
+    """From a lazy tensor to a plain one in the same memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: LazyTensor, asked_by: str) -> Tensor:
+        return x._elements.handed_out(asked_by)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Step(torch.autograd.Function):
+    """`function(x)` of a lazy tensor, where autograd would save the result: for a tensor that may never be computed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: LazyTensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.x, ctx.version, ctx.function = x, x._version, function
+        ctx.autocast = current_autocast(x.device.type)
+        ctx.set_materialize_grads(False)
+        return function(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+        if grad is None:
+            return None, None
+        x = ctx.x
+        if x._version != ctx.version:
+            raise RuntimeError(
+                "logits that a gradient is computed from have been modified by an inplace operation: change a clone"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            with torch.enable_grad(), ctx.autocast:
+                x = x.view_as(x)
+                y = ctx.function(x)
+            (grad,) = torch.autograd.grad(y, x, grad, create_graph=torch.is_grad_enabled())
+        return grad, None
+
+
+class Description:
+    """What a lazy tensor stands for, in terms that lead to results without its elements.
+
+    Attributes:
+        steps: function of torch -> what takes the same arguments and returns the description of its result.
+        results: function of torch -> what takes the same arguments and returns its result.
+        computation: of the elements of the tensor that the first description was of.
+
+    The first argument is the lazy tensor; both may return `NotImplemented`.
+    """
+
+    steps: ClassVar[Mapping[Any, Callable[..., Any]]] = {}
+    results: ClassVar[Mapping[Any, Callable[..., Any]]] = {}
+    computation: Computation
+
+    def call_before_backward(self, hook: Callable[[Tensor], Any]) -> None:
+        """Have results call `hook` before their backward: FSDP gathers weights there."""
 
 
 class LazyTensor(Tensor):
-    """Base of tensors that stand for others.
+    """A tensor without elements, until they are read.
+
+    Values, dtypes, errors and gradients are those of the dense tensor, whoever uses it: functions of torch, autograd
+    functions, compiled or scripted code, hooks, changes in place. A result that its description has a way to is taken
+    that way only where the tensor is as it was made: nothing was written to it, no hook looks at its gradient, and no
+    other function stands between it and the inputs. After that a hook that would never be called, and a gradient that
+    never arrives, are errors, and so are elements that are first read when a weight has changed.
+
+    `shape`, `dtype` and all else that is not elements is there at once.
 
     Attributes:
-        handlers: name of a function of torch -> what takes its place, while the elements are not there; called with
-            the function's arguments. `NotImplemented` makes the tensor compute itself.
+        description: what leads to results without elements, or None.
     """
 
-    handlers: ClassVar[dict[str, Callable[..., Any]]] = {}
-    _dense: Tensor | None
-
-    @classmethod
-    def standing_for(cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:
-        """A new tensor without elements, for subclasses to complete."""
-        self = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device, requires_grad=True)
-        self._dense = None
-        return self
+    description: Description | None
+    _elements: Elements
+    # In what state of the tensor its description holds, and the tensor that it came from.
+    _state: tuple[Any, int]
+    _source: LazyTensor | None
+    # Whether somebody may look at the gradient; whether a result was taken past this tensor.
+    _watched: bool
+    _passed: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
 
-    def _compute(self, asked_by: str) -> Tensor:
-        """The dense tensor, part of the graph; `asked_by` names the function that needs it."""
-        raise NotImplementedError
+    @classmethod
+    def deferred(cls, description: Description, like: Tensor) -> Any:
+        """A new lazy tensor.
 
-    def compute(self, asked_by: str) -> Tensor:
-        """The dense tensor, computed once, and part of the graph."""
-        if self._dense is None:
-            self._dense = self._compute(asked_by)
-        return self._dense
+        Args:
+            description: with the computation of its elements.
+            like: a tensor, of any device, that has its shape, strides and dtype.
+        """
+        computation = description.computation
+        device = computation.inputs[0].device
+        elements = Elements(computation.elements)
+
+        def make() -> LazyTensor:
+            return cls._wrap(elements, like, device)
+
+        self = _Deferred.apply(computation, make, *computation.inputs)
+        self._describe(description, None)
+        return self
 
     @classmethod
+    def _wrap(cls, elements: Elements, like: Tensor, device: torch.device, offset: int = 0) -> LazyTensor:
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, like.shape, like.stride(), like.storage_offset() + offset, dtype=like.dtype, device=device
+        )
+        self._elements, self.description, self._source = elements, None, None
+        self._watched = self._passed = False
+        return self
+
+    def _describe(self, description: Description, source: LazyTensor | None) -> None:
+        self.description, self._source, self._state = description, source, self._current_state()
+
+    def _current_state(self) -> tuple[Any, int]:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.grad_fn, self._version
+
+    def _as_described(self) -> bool:
+        """Whether the description may be used: nobody could tell."""
+        return (
+            self.description is not None
+            and not self._watched
+            and self._state == self._current_state()
+            and (self._source is None or self._source._as_described())
+        )
+
+    def _pass_by(self) -> None:
+        self._passed = True
+        if self._source is not None:
+            self._source._pass_by()
+
+    def _watch(self, how: str) -> None:
+        if self._passed:
+            raise RuntimeError(
+                f"`{how}` comes too late: a loss of {self.description.computation.name} was taken without computing "
+                "them, and no gradient passes through them; call `retain_grad` or `register_hook` before the loss"
+            )
+        self._watched = True
+
+    def _as_described_or_plainly(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        description = self.description
+        take, step = description.results.get(func), description.steps.get(func)
+        if _accepts(take, args, kwargs) and self._as_described() and description.computation.unchanged():
+            # Where an input has changed, elements that are there are still right, and others tell that.
+            result = take(*args, **kwargs)
+            if result is not NotImplemented:
+                if torch.is_grad_enabled() and result.requires_grad:
+                    self._pass_by()
+                return result
+        if not _accepts(step, args, kwargs) or not self._as_described():
+            return _plainly(func, args, kwargs)
+        described = step(*args, **kwargs)
+        if described is NotImplemented:
+            return _plainly(func, args, kwargs)
+        if func in _SAVES_ITS_RESULT:
+            result = _Step.apply(self, lambda x: _plainly(func, (x, *args[1:]), kwargs))
+        else:
+            result = _plainly(func, args, kwargs)
+        if isinstance(result, LazyTensor) and result is not self:
+            result._describe(described, self)
+        return result
+
+    # A compiled loss breaks its graph at each function of a lazy tensor, and goes on with the dense result.
+    @classmethod
+    @torch.compiler.disable(reason="the elements of lazy tensors are computed when they are read")
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if (name == "__get__" and getattr(func.__self__, "__name__", "") in _METADATA) or name in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        handler = cls.handlers.get(name)
-        # Once they are computed they may have been written to.
-        if handler is not None and isinstance(args[0], LazyTensor) and args[0]._dense is None:
-            result = handler(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-
-        def dense(x: Any) -> Any:
-            return x.compute(name) if isinstance(x, LazyTensor) else x
-
-        return func(*tree_map(dense, args), **tree_map(dense, kwargs))
+        x = args[0] if args and isinstance(args[0], LazyTensor) else None
+        if func is torch.autograd.grad:
+            for y in tree_leaves(args[1:2]):
+                if isinstance(y, LazyTensor):
+                    y._watch("torch.autograd.grad")
+        if x is not None:
+            if func in _LOOKS_AT_GRADIENT:
+                if not (func == Tensor.register_hook and _register_gathering(x, *args[1:], **kwargs)):
+                    x._watch(_name(func))
+            elif func == _GRAD_FN:
+                x._watched = True  # its hooks are as good as the tensor's
+            elif func in _READS_MEMORY:
+                x._watched = True
+                return func(*(_whole(y, _name(func)) for y in args), **kwargs)
+            elif func in _DETACHES:
+                x._elements.get(_name(func))
+                # Writing to `.data` makes no new version.
+                x._watched = x._watched or func == _DATA
+            elif x.description is not None:
+                return x._as_described_or_plainly(func, args, kwargs)
+        return _plainly(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        # Reached only from C++, where no function above intercepts.
-        def dense(x: Any) -> Any:
-            return x.compute(str(func)).detach() if isinstance(x, LazyTensor) else x
+        kwargs = kwargs or {}
+        name = func._schema.name.split("::")[-1]
+        if torch.Tag.inplace_view in func.tags:
+            raise RuntimeError(f"`{name}` gives logits that razor returned another shape in place: do it out of place")
+        if func in _VIEWS or func in _COPIES:
+            result = _put_off(func, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        lazy = [x for x in tree_leaves((args, kwargs)) if isinstance(x, LazyTensor)]
+        if func._schema.is_mutable or any(value.alias_info is not None for value in func._schema.returns):
+            for x in lazy:
+                x._elements.share()
+        owners = {id(x._elements.get(name)): x for x in lazy}
 
-        return func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
+        def values(x: Any) -> Any:
+            return x._elements.get(name) if isinstance(x, LazyTensor) else x
+
+        result = func(*tree_map(values, args), **tree_map(values, kwargs))
+        # What was written to is returned as itself.
+        return tree_map(lambda x: owners.get(id(x), x) if isinstance(x, Tensor) else x, result)
 
 
-def widened_dtype(x: LazyTensor, *args: Any, **kwargs: Any) -> torch.dtype | None:
-    """The dtype that `x.to(...)` with these arguments has; None if that is more than a cast that changes no value."""
+def _plainly(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """As for any tensor; autograd sees the lazy ones, and the elements are asked for below it."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+def _accepts(function: Callable[..., Any] | None, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether there is such a function, and it knows these arguments."""
+    if function is None:
+        return False
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def _whole(x: Any, asked_by: str) -> Any:
+    return _Whole.apply(x, asked_by) if isinstance(x, LazyTensor) else x
+
+
+def _name(func: Any) -> str:
+    name = getattr(func, "__name__", str(func))
+    return getattr(func.__self__, "__name__", name) if name == "__get__" else name
+
+
+def _register_gathering(x: LazyTensor, hook: Callable[[Tensor], Any], **kwargs: Any) -> bool:
+    # FSDP's hooks look at no gradient: they run before the backward of a module's output, to gather its weights.
+    function = getattr(hook, "func", hook)
+    if not (getattr(function, "__module__", None) or "").startswith("torch.distributed.fsdp"):
+        return False
+    if x.description is not None:
+        x.description.call_before_backward(hook)
+    return True
+
+
+def _put_off(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The lazy result of a view or copy of a lazy tensor; `NotImplemented` if it takes more than that one."""
+    x, *others = args
+    small = all(not isinstance(y, LazyTensor) and y.numel() <= x.shape[-1] for y in others if isinstance(y, Tensor))
+    if not isinstance(x, LazyTensor) or not small or kwargs.get("device") not in (None, x.device):
+        return NotImplemented
+    if func is torch.ops.aten.detach.default and x._elements.there:
+        return x._elements.handed_out("detach")
+    others = [y.detach().clone() if isinstance(y, Tensor) else y for y in others]
+    # On the meta device everything but the elements is found out.
+    meta = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    sizes = [torch.empty_like(y, device="meta") if isinstance(y, Tensor) else y for y in others]
+    like = func(meta, *sizes, **{key: value for key, value in kwargs.items() if key != "device"})
+    view = func in _VIEWS
+
+    def compute(values: Tensor) -> Tensor:
+        with torch.no_grad():
+            return func(values, *others, **kwargs)
+
+    return type(x)._wrap(x._elements.then(compute, view), like, x.device, x.storage_offset() if view else 0)
+
+
+def widened_dtype(x: Tensor, *args: Any, **kwargs: Any) -> torch.dtype | None:
+    """The dtype that `x.to(...)` with these arguments has; None if that is more than a cast that changes no value.
+
+    Args:
+        x: any tensor that has the dtype and device, on "meta" for instance.
+    """
     if any(isinstance(argument, Tensor) for argument in args) or kwargs.get("copy"):
         return None
     device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
@@ -85,11 +472,47 @@ def widened_dtype(x: LazyTensor, *args: Any, **kwargs: Any) -> torch.dtype | Non
     return dtype if dtype.is_floating_point and dtype.itemsize > x.dtype.itemsize else None
 
 
-_METADATA = frozenset(
+_GRAD_FN = Tensor.grad_fn.__get__
+_LOOKS_AT_GRADIENT = frozenset((Tensor.register_hook, Tensor.retain_grad, Tensor.grad.__get__))
+_SAVES_ITS_RESULT = frozenset((torch.tanh, Tensor.tanh, F.log_softmax, torch.log_softmax, Tensor.log_softmax))
+_DATA = Tensor.data.__get__
+_DETACHES = frozenset((Tensor.detach, torch.detach, _DATA))
+_READS_MEMORY = frozenset(
+    function
+    for name in (
+        *(
+            "numpy",
+            "tolist",
+            "data_ptr",
+            "untyped_storage",
+            "storage",
+            "_typed_storage",
+            "storage_type",
+            "share_memory_",
+        ),
+        *("__array__", "__dlpack__", "__reduce__", "__reduce_ex__", "__deepcopy__", "__repr__", "__format__"),
+        *("apply_", "map_", "map2_", "is_shared", "dim_order"),
+    )
+    if (function := getattr(Tensor, name, None)) is not None
+)
+
+_aten = torch.ops.aten
+# Of what models, losses and wrappers of modules do to logits, what can wait.
+_VIEWS = frozenset(
     (
-        *("shape", "dtype", "device", "layout", "ndim", "names", "requires_grad", "is_leaf", "grad_fn", "_base"),
-        *("is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "is_sparse", "is_quantized", "is_nested"),
-        *("size", "dim", "numel", "nelement", "__len__", "get_device"),
-        *("is_floating_point", "is_complex", "is_contiguous"),
+        *(_aten.view.default, _aten._reshape_alias.default, _aten.alias.default, _aten.detach.default),
+        *(_aten.slice.Tensor, _aten.select.int, _aten.unsqueeze.default, _aten.squeeze.dim),
+    )
+)
+_COPIES = frozenset(
+    (
+        *(
+            _aten.clone.default,
+            _aten._to_copy.default,
+            _aten._unsafe_view.default,
+            _aten.tanh.default,
+            _aten.neg.default,
+        ),
+        *(_aten.mul.Tensor, _aten.div.Tensor, _aten.add.Tensor, _aten._log_softmax.default),
     )
 )

@@ -31,13 +31,13 @@ class RazorLinear(RazorModule):
             return f"{type(module).__name__} has a forward of its own"
         return None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As the plain module; saves `x` packed where the weight is being trained."""
-        if not self.razor_active(self.weight) or not self.worth_packing(x):
-            return super().forward(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """As the plain module; saves `input` packed where the weight is being trained."""
+        if not self.razor_active(parameters=("weight",)) or not self.worth_packing(input):
+            return super().forward(input)
         config = self.razor_config
-        spec = linear_spec(config, x)
-        return linear(x, self.weight, self.bias, spec, self.transposed, config.weight_gradient)
+        spec = linear_spec(config, input)
+        return linear(input, self.weight, self.bias, spec, self.transposed, config.weight_gradient)
 
     def razor_repr(self) -> str:
         """See `RazorModule.razor_repr`."""

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers.utils import logging
 
 from ..functional import linear_cross_entropy
-from ..functional.precision import autocast_is_on, current_autocast
-from .lazy import LazyTensor, widened_dtype
+from ..functional.precision import autocast_is_on, current_autocast, without_autocast
+from .lazy import Computation, Description, LazyTensor, widened_dtype
 from .linear import RazorLinear
-
-logger = logging.get_logger(__name__)
 
 
 class RazorLMHead(RazorLinear):
@@ -38,13 +37,14 @@ class RazorLMHead(RazorLinear):
     # The compiler traces the plain head: it knows nothing of a tensor that is not there yet.
     __call__ = nn.Module.__call__
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """As the plain module; in training the logits are computed when they are needed."""
         if torch.compiler.is_compiling():
-            return self.plain_class.forward(self, x)
-        if not self.razor_active(x, self.weight) or not self.worth_packing(x) or _leaves_after_forward(self):
-            return super().forward(x)
-        return LazyLogits(x, self.weight, self.bias)
+            return self.plain_class.forward(self, input)
+        active = self.razor_active(input, parameters=("weight",)) and self.worth_packing(input)
+        if not active or _leaves_after_forward(self):
+            return super().forward(input)
+        return LazyLogits(input, self.weight, self.bias)
 
     def razor_repr(self) -> str:
         """See `RazorModule.razor_repr`."""
@@ -53,7 +53,7 @@ class RazorLMHead(RazorLinear):
 
 def _leaves_after_forward(head: nn.Module) -> bool:
     """Whether the head's weight is gone, as it is sharded, when the loss needs it."""
-    if hasattr(head.weight, "ds_id"):  # ZeRO-3
+    if hasattr(head._parameters.get("weight"), "ds_id"):  # ZeRO-3
         return True
     if not isinstance(head, FSDPModule):  # FSDP2 leaves what it gathered with the model itself
         return False
@@ -61,120 +61,152 @@ def _leaves_after_forward(head: nn.Module) -> bool:
     return getattr(group, "_reshard_after_forward", True)
 
 
-class LazyLogits(LazyTensor):
-    """The logits `f(hidden weight^T + bias)`, not computed yet.
+class HeadComputation(Computation):
+    """`hidden weight^T + bias`.
 
-    Attributes:
+    Args:
         hidden: `(..., features)`.
         weight: `(classes, features)`.
         bias: `(classes,)` or None.
-        steps: the elementwise functions that make up f.
-        before_backward: hooks of FSDP that gather the weight before its gradient is computed.
+        dtype: that it is computed in, which autocast may choose.
     """
 
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    steps: tuple[Callable[[Tensor], Tensor], ...]
-    before_backward: list[Callable[[Tensor], Tensor]]
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__((hidden, weight, bias), f"the logits of the head with {weight.shape[0]} outputs")
+        self._dtype = dtype
+
+    def forward(self, *inputs: Tensor | None) -> Tensor:
+        """See `Computation.forward`."""
+        return F.linear(*(None if x is None else x.to(self._dtype) for x in inputs))
+
+    def gradients(self, grad: Tensor, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+        """See `Computation.gradients`."""
+        hidden, weight, bias = self.inputs
+        rows = grad.reshape(-1, grad.shape[-1])
+        with without_autocast(grad.device.type):
+            return (
+                (grad @ weight.to(self._dtype)).to(hidden.dtype) if needed[0] else None,
+                (rows.t() @ hidden.to(self._dtype).reshape(rows.shape[0], -1)).to(weight.dtype) if needed[1] else None,
+                rows.sum(0).to(bias.dtype) if needed[2] else None,
+            )
+
+    def elements(self, asked_by: str) -> Tensor:
+        """See `Computation.elements`."""
+        if self._weight_is_gone():
+            raise RuntimeError(
+                f"{self.name} are asked for when FSDP has sharded its weight again: give the model labels, so that it "
+                "takes the loss in its forward, read the logits before backward, and shard the whole model without "
+                "`reshard_after_forward=True`"
+            )
+        return super().elements(asked_by)
+
+    def unchanged(self) -> bool:
+        """See `Computation.unchanged`."""
+        return not self._weight_is_gone() and super().unchanged()
+
+    def _weight_is_gone(self) -> bool:
+        weight = self.inputs[1]
+        return weight.untyped_storage().size() == 0 < weight.numel()
+
+
+class LazyLogits(LazyTensor):
+    """`hidden weight^T + bias`, not computed yet; the cross entropy of it is taken tile by tile."""
 
     @staticmethod
-    def __new__(
-        cls,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        steps: tuple[Callable[[Tensor], Tensor], ...] = (),
-        dtype: torch.dtype | None = None,
-    ) -> LazyLogits:
-        if dtype is None:
-            # As the plain head's, under autocast as well.
-            dtype = F.linear(hidden[..., :0, :].detach(), weight[:1].detach()).dtype
-        self = cls.standing_for((*hidden.shape[:-1], weight.shape[0]), dtype, hidden.device)
-        self.hidden, self.weight, self.bias, self.steps = hidden, weight, bias, steps
-        # The loss may be computed, and the logits asked for, outside of the autocast that the head was called in.
-        self.autocast = current_autocast(hidden.device.type)
-        self.before_backward = []
-        return self
+    def __new__(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> LazyLogits:
+        """See `Logits`."""
+        # As the plain head's, under autocast as well.
+        dtype = F.linear(hidden[..., :0, :].detach(), weight[:1].detach()).dtype
+        like = torch.empty((*hidden.shape[:-1], weight.shape[0]), dtype=dtype, device="meta")
+        # The loss may be computed outside of the autocast that the head was called in.
+        autocast = current_autocast(hidden.device.type)
+        return cls.deferred(Logits(HeadComputation(hidden, weight, bias, dtype), hidden, weight, bias, autocast), like)
 
-    def elementwise(self, z: Tensor) -> Tensor:
-        """f."""
-        for step in self.steps:
+
+class Elementwise(tuple[Callable[[Tensor], Tensor], ...]):
+    """Functions of each logit, one after the other."""
+
+    __slots__ = ()
+
+    def __call__(self, z: Tensor) -> Tensor:
+        for step in self:
             z = step(z)
         return z
 
-    @property
-    def loss_elementwise(self) -> Callable[[Tensor], Tensor] | None:
-        """f, if the loss has to differentiate it. Widening it does by itself."""
-        return None if all(isinstance(step, _Widening) for step in self.steps) else self.elementwise
 
-    def _with(self, hidden: Tensor, steps: tuple[Callable[[Tensor], Tensor], ...], dtype: torch.dtype) -> LazyLogits:
-        result = LazyLogits(hidden, self.weight, self.bias, steps, dtype)
-        result.autocast, result.before_backward = self.autocast, self.before_backward
-        return result
+@dataclass(frozen=True, eq=False)
+class Logits(Description):
+    """The logits `f(hidden weight^T + bias)`.
 
-    def then(self, step: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> LazyLogits:
-        """With one more elementwise function, after which the dtype is `dtype`."""
-        return self._with(self.hidden, (*self.steps, step), dtype or self.dtype)
+    Attributes:
+        computation: of the product.
+        hidden: `(..., features)`.
+        weight: `(classes, features)`.
+        bias: `(classes,)` or None.
+        autocast: what the head was called in.
+        f: elementwise functions.
+        before_backward: hooks of FSDP that gather the weight before its gradient is computed.
+    """
 
-    def of_tokens(self, hidden: Tensor) -> LazyLogits:
-        """The logits of other tokens, or of the same ones in another shape."""
-        return self._with(hidden, self.steps, self.dtype)
+    computation: Computation
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    autocast: AbstractContextManager
+    f: Elementwise = field(default_factory=Elementwise)
+    before_backward: list[Callable[[Tensor], Any]] = field(default_factory=list)
 
-    def _compute(self, asked_by: str) -> Tensor:
-        self._require_weight()
-        logger.warning_once(
-            f"the logits of the head with {self.weight.shape[0]} outputs are computed whole, as `{asked_by}` asks "
-            "for them; `torch.nn.functional.cross_entropy` over class numbers does without"
-        )
-        with self.autocast:
-            dense = self.elementwise(F.linear(self.hidden, self.weight, self.bias))
-        self._gather_before_backward_of(dense)
-        return dense
+    def call_before_backward(self, hook: Callable[[Tensor], Any]) -> None:
+        """See `Description.call_before_backward`."""
+        self.before_backward.append(hook)
 
-    def loss(self, labels: Tensor, ignore_index: int, label_smoothing: float, reduction: str) -> Tensor:
+    def then(self, step: Callable[[Tensor], Tensor]) -> Logits:
+        """With one more elementwise function."""
+        return replace(self, f=Elementwise((*self.f, step)))
+
+    def loss(
+        self, labels: Tensor, ignore_index: int, label_smoothing: float, reduction: str, differentiable: bool
+    ) -> Tensor:
         """Their cross entropy; see `linear_cross_entropy`."""
-        self._require_weight()
         hidden = self.hidden.reshape(-1, self.hidden.shape[-1])
-        options = (self.loss_elementwise, ignore_index, label_smoothing, reduction)
-        with self.autocast:
-            loss = linear_cross_entropy(hidden, self.weight, self.bias, labels.reshape(-1), *options)
-        self._gather_before_backward_of(loss)
+        # Widening the loss does by itself.
+        f = None if all(isinstance(step, _Widening) for step in self.f) else self.f
+        with self.autocast, torch.set_grad_enabled(torch.is_grad_enabled() and differentiable):
+            loss = linear_cross_entropy(
+                hidden, self.weight, self.bias, labels.reshape(-1), f, ignore_index, label_smoothing, reduction
+            )
+        if loss.requires_grad:
+            for hook in self.before_backward:
+                loss.register_hook(hook)
         return loss
 
-    def _require_weight(self) -> None:
-        if self.weight.untyped_storage().size() == 0 < self.weight.numel():
-            raise RuntimeError(
-                f"the logits of the head with {self.weight.shape[0]} outputs are asked for when FSDP has sharded its "
-                "weight again: give the model labels, so that it takes the loss in its forward, read the logits before "
-                "backward, and shard the whole model without `reshard_after_forward=True`"
-            )
 
-    def _gather_before_backward_of(self, result: Tensor) -> None:
-        if result.requires_grad:
-            for hook in self.before_backward:
-                result.register_hook(hook)
+@dataclass(frozen=True, eq=False)
+class LogProbs(Description):
+    """`sign` times the log probabilities of logits: what Trainer smooths labels with.
 
+    Attributes:
+        logits: what the logits are.
+        sign: 1 or -1.
+    """
 
-class LazyLogProbs(LazyLogits):
-    """`sign` times the log probabilities that belong to logits, not computed yet: what Trainer smooths labels with."""
+    logits: Logits
+    sign: int = 1
 
-    sign = 1
+    @property
+    def computation(self) -> Computation:
+        """Of the logits."""
+        return self.logits.computation
 
-    @classmethod
-    def of(cls, x: LazyLogits, sign: int) -> LazyLogProbs:
-        """Those of the same head and tokens as `x`."""
-        self = cls(x.hidden, x.weight, x.bias, x.steps, x.dtype)
-        self.sign, self.autocast, self.before_backward = sign, x.autocast, x.before_backward
-        return self
+    def call_before_backward(self, hook: Callable[[Tensor], Any]) -> None:
+        """See `Description.call_before_backward`."""
+        self.logits.call_before_backward(hook)
 
-    def _compute(self, asked_by: str) -> Tensor:
-        return self.sign * F.log_softmax(super()._compute(asked_by), dim=-1)
-
-    def of_labels(self, labels: Tensor, label_smoothing: float) -> Tensor:
+    def of_labels(self, labels: Tensor, label_smoothing: float, differentiable: bool) -> Tensor:
         """That of each token's label, or with a smoothing of 1 the mean over all classes: as `labels`."""
         # No label is ignored: gather refuses negative ones.
-        return -self.sign * self.loss(labels, -1, label_smoothing, "none").view(labels.shape)
+        loss = self.logits.loss(labels, torch.iinfo(labels.dtype).min, label_smoothing, "none", differentiable)
+        return -self.sign * loss.view(labels.shape)
 
 
 class _Widening(NamedTuple):
@@ -188,26 +220,15 @@ class _Widening(NamedTuple):
 
 def _cast(x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
     dtype = widened_dtype(x, *args, **kwargs)
-    if dtype is None:
-        return NotImplemented
-    return x if dtype == x.dtype else x.then(_Widening(dtype), dtype)
+    return NotImplemented if dtype is None else x.description.then(_Widening(dtype))
 
 
-def _to_float(x: LazyLogits) -> LazyLogits:
+def _to_float(x: LazyLogits) -> Any:
     return _cast(x, torch.float32)
 
 
-def _register_hook(x: LazyLogits, hook: Callable[[Tensor], Tensor]) -> Any:
-    # FSDP's look at no gradient: they run before the backward of a module's output, to gather its weights.
-    function = getattr(hook, "func", hook)
-    if not (getattr(function, "__module__", None) or "").startswith("torch.distributed.fsdp"):
-        return NotImplemented
-    x.before_backward.append(hook)
-    return None
-
-
-def _contiguous(x: LazyLogits, memory_format: torch.memory_format = torch.contiguous_format) -> Any:
-    return x if memory_format == torch.contiguous_format else NotImplemented
+def _same(x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
+    return x.description
 
 
 def _reshape(x: LazyLogits, *shape: Any) -> Any:
@@ -215,13 +236,13 @@ def _reshape(x: LazyLogits, *shape: Any) -> Any:
         shape = tuple(shape[0])
     if not all(isinstance(size, int) for size in shape):
         return NotImplemented
-    classes = x.weight.shape[0]
+    hidden, classes = x.description.hidden, x.description.weight.shape[0]
     # Any other last dimension mixes classes; torch itself says so where the sizes do not fit.
     if not shape or (shape[-1] != classes and (shape[-1] != -1 or math.prod(shape[:-1]) * classes != x.numel())):
         return NotImplemented
     if -1 not in shape[:-1] and math.prod(shape[:-1]) * classes != x.numel():
         return NotImplemented
-    return x.of_tokens(x.hidden.reshape(*shape[:-1], x.hidden.shape[-1]))
+    return replace(x.description, hidden=hidden.reshape(*shape[:-1], hidden.shape[-1]))
 
 
 def _index(x: LazyLogits, index: Any) -> Any:
@@ -231,32 +252,39 @@ def _index(x: LazyLogits, index: Any) -> Any:
     reaches_classes = len(index) == x.dim() if Ellipsis not in index else index[-1] is not Ellipsis
     if reaches_classes and index[-1] != slice(None):
         return NotImplemented
-    return x.of_tokens(x.hidden[index])
+    return replace(x.description, hidden=x.description.hidden[index])
 
 
 def _scaled(function: Callable[[Tensor, Any], Tensor]) -> Callable[..., Any]:
-    def handler(x: LazyLogits, factor: Any, **kwargs: Any) -> Any:
+    def step(x: LazyLogits, factor: Any, **kwargs: Any) -> Any:
         if kwargs or not isinstance(factor, (int, float)):
             return NotImplemented
-        return x.then(lambda z: function(z, factor))
+        return x.description.then(lambda z: function(z, factor))
 
-    return handler
+    return step
 
 
 def _add(x: LazyLogits, other: Any, **kwargs: Any) -> Any:
     """Plus one number for each class, as BART's `final_logits_bias`: part of the bias."""
-    classes = x.weight.shape[0]
+    bias, classes = x.description.bias, x.description.weight.shape[0]
     of_classes = isinstance(other, Tensor) and other.numel() == classes and other.shape[-1:] == (classes,)
-    if kwargs or not of_classes or x.steps or other.dtype != x.dtype or other.dim() > x.dim():
+    if kwargs or not of_classes or x.description.f or other.dtype != x.dtype or other.dim() > x.dim():
         return NotImplemented
-    bias = other.view(classes) if x.bias is None else x.bias + other.view(classes)
-    result = x.of_tokens(x.hidden)
-    result.bias = bias
-    return result
+    return replace(x.description, bias=other.view(classes) + (0 if bias is None else bias))
 
 
-def _tanh(x: LazyLogits) -> LazyLogits:
-    return x.then(torch.tanh)
+def _tanh(x: LazyLogits) -> Any:
+    return x.description.then(torch.tanh)
+
+
+def _log_softmax(x: LazyLogits, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Any:
+    if dim not in (-1, x.dim() - 1) or dtype not in (None, x.dtype):
+        return NotImplemented
+    return LogProbs(x.description)
+
+
+def _negated(x: LazyLogits) -> Any:
+    return replace(x.description, sign=-x.description.sign)
 
 
 def _cross_entropy(
@@ -275,56 +303,40 @@ def _cross_entropy(
         return NotImplemented
     # Autocast computes cross entropy in float32, whatever the logits come in.
     dtype = torch.promote_types(x.dtype, torch.float32) if autocast_is_on(x.device.type) else x.dtype
-    return x.loss(target, ignore_index, label_smoothing, reduction).to(dtype)
+    return x.description.loss(target, ignore_index, label_smoothing, reduction, x.requires_grad).to(dtype)
 
 
-def _log_softmax(x: LazyLogits, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Any:
-    if dim not in (-1, x.dim() - 1) or dtype not in (None, x.dtype):
-        return NotImplemented
-    return LazyLogProbs.of(x, 1)
-
-
-def _negated(x: LazyLogProbs) -> LazyLogProbs:
-    return LazyLogProbs.of(x, -x.sign)
-
-
-def _gather(x: LazyLogProbs, dim: int, index: Tensor) -> Any:
+def _gather(x: LazyLogits, dim: int, index: Tensor) -> Any:
     if dim not in (-1, x.dim() - 1) or index.shape != (*x.shape[:-1], 1):
         return NotImplemented
-    return x.of_labels(index, label_smoothing=0.0).to(x.dtype)
+    return x.description.of_labels(index, 0.0, x.requires_grad).to(x.dtype)
 
 
-def _sum(x: LazyLogProbs, dim: Any = None, keepdim: bool = False, dtype: torch.dtype | None = None) -> Any:
+def _sum(x: LazyLogits, dim: Any = None, keepdim: bool = False, dtype: torch.dtype | None = None) -> Any:
     if dim not in (-1, x.dim() - 1):
         return NotImplemented
     labels = torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
-    total = x.of_labels(labels, label_smoothing=1.0).to(dtype or x.dtype) * x.weight.shape[0]
+    total = x.description.of_labels(labels, 1.0, x.requires_grad).to(dtype or x.dtype) * x.shape[-1]
     return total.unsqueeze(-1) if keepdim else total
 
 
-LazyLogProbs.handlers = {
-    "neg": _negated,
-    "__neg__": _negated,
-    "gather": _gather,
-    "sum": _sum,
+LogProbs.steps = dict.fromkeys((torch.neg, Tensor.neg, Tensor.__neg__), _negated)
+LogProbs.results = {
+    **dict.fromkeys((torch.gather, Tensor.gather), _gather),
+    **dict.fromkeys((torch.sum, Tensor.sum), _sum),
 }
-LazyLogits.handlers = {
-    "cross_entropy": _cross_entropy,
-    "register_hook": _register_hook,
-    "log_softmax": _log_softmax,
-    "to": _cast,
-    "float": _to_float,
-    "contiguous": _contiguous,
-    "view": _reshape,
-    "reshape": _reshape,
-    "__getitem__": _index,
-    "add": _add,
-    "__add__": _add,
-    "tanh": _tanh,
-    "mul": _scaled(torch.mul),
-    "__mul__": _scaled(torch.mul),
-    "__rmul__": _scaled(torch.mul),
-    "div": _scaled(torch.div),
-    "__truediv__": _scaled(torch.div),
-    "true_divide": _scaled(torch.div),
+Logits.steps = {
+    Tensor.to: _cast,
+    Tensor.float: _to_float,
+    **dict.fromkeys((Tensor.contiguous, Tensor.clone, torch.clone), _same),
+    **dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape), _reshape),
+    Tensor.__getitem__: _index,
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__), _add),
+    **dict.fromkeys((torch.tanh, Tensor.tanh), _tanh),
+    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _scaled(torch.mul)),
+    **dict.fromkeys(
+        (torch.div, Tensor.div, Tensor.__truediv__, torch.true_divide, Tensor.true_divide), _scaled(torch.div)
+    ),
+    **dict.fromkeys((F.log_softmax, torch.log_softmax, Tensor.log_softmax), _log_softmax),
 }
+Logits.results = {F.cross_entropy: _cross_entropy}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..config import RazorConfig
 from ..functional import layer_norm, rms_norm
@@ -21,13 +24,13 @@ class RazorLayerNorm(RazorModule):
         """See `RazorModule.handles`."""
         return type(module).forward is nn.LayerNorm.forward
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As the plain module; saves x_hat or `x` packed."""
-        if not self.razor_active(x, self.weight) or not self.worth_packing(x):
-            return super().forward(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """As the plain module; saves x_hat or `input` packed."""
+        if not self.razor_active(input, parameters=("weight",)) or not self.worth_packing(input):
+            return super().forward(input)
         config = self.razor_config
         return layer_norm(
-            x, self.normalized_shape, self.weight, self.bias, self.eps, norm_spec(config), stores=config.norm
+            input, self.normalized_shape, self.weight, self.bias, self.eps, norm_spec(config), stores=config.norm
         )
 
     def razor_repr(self) -> str:
@@ -54,6 +57,8 @@ class RazorRMSNorm(RazorModule):
     @classmethod
     def cannot_handle(cls, module: nn.Module) -> str | None:
         """See `RazorModule.cannot_handle`."""
+        if type(module).__module__.startswith("torch.nn.utils."):  # parametrizations of a weight
+            return None
         if type(module).__name__.endswith("Norm") and not RazorLayerNorm.handles(module) and not cls.handles(module):
             return f"{type(module).__name__} is neither LayerNorm nor RMSNorm with one weight vector"
         return None
@@ -65,19 +70,21 @@ class RazorRMSNorm(RazorModule):
         super().install(module, config)
         module.razor_offset, module.razor_epsilon = offset, epsilon
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As the plain module; saves x_hat or `x` packed."""
-        if not self.razor_active(x, self.weight) or not self.worth_packing(x):
-            return super().forward(x)
+    def forward(self, input: Tensor, *others: Any, **named: Any) -> Tensor:
+        """As the plain module; saves x_hat or `input` packed. Further arguments (Mamba-2's gate) leave it dense."""
+        # Its own forward reads the weight once more, which would compute a parametrized one twice.
+        plain = others or named or is_parametrized(self)
+        if plain or not self.razor_active(input, parameters=("weight",)) or not self.worth_packing(input):
+            return super().forward(input, *others, **named)
         config = self.razor_config
         return rms_norm(
-            x,
+            input,
             self.weight,
             self.razor_epsilon,
             norm_spec(config),
             stores=config.norm,
             offset=self.razor_offset,
-            forward=super().forward,
+            forward=None if isinstance(self, nn.RMSNorm) else super().forward,
         )
 
     razor_repr = RazorLayerNorm.razor_repr
@@ -94,25 +101,42 @@ def _looks_like_norm(module: nn.Module) -> bool:
 
 
 def _probe(module: nn.Module) -> tuple[float, float | None] | None:
-    """The weight offset and the epsilon with which `module` is an RMSNorm, or None if it is none.
+    """The weight offset and the epsilon with which `module` is an RMSNorm in training, or None if it is none.
 
-    The weight is replaced for the call, so this works on meta and sharded parameters too.
+    What runs is a stand-in that shares no tensor with the module, so this works on meta and sharded parameters too, and
+    leaves buffers, counters and random state as they were.
     """
     names = ("variance_epsilon", "eps", "epsilon")
     epsilon = next((getattr(module, name) for name in names if hasattr(module, name)), None)
     known = torch.finfo(torch.float32).eps if epsilon is None else float(epsilon)
     # Explicitly on the CPU and in float32, whatever the defaults are just now.
-    with torch.no_grad(), torch.device("cpu"):
+    with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
         generator, shape = torch.Generator("cpu").manual_seed(0), whole_shape(module.weight)
         weight = torch.rand(shape, generator=generator, dtype=torch.float32)
-        # Small, so that epsilon shows.
-        x = torch.randn(2, *shape, generator=generator, dtype=torch.float32) * known**0.5
-        x_hat = x * (x.square().mean(-1, keepdim=True) + known).rsqrt()
-        try:
-            y = functional_call(module, {"weight": weight}, (x,))
-        except Exception:  # a forward of another kind; whatever it raises, it is not this operator
-            return None
-        for offset in (0.0, 1.0):
-            if isinstance(y, Tensor) and torch.allclose(y, x_hat * (weight + offset), rtol=1e-4, atol=1e-5):
-                return offset, epsilon
-    return None
+        offsets = [0.0, 1.0]
+        # In several shapes, so that what is normalised over another dimension shows.
+        for sizes in ((2,), (2, 3), (3, 1, 2)):
+            # Small, so that epsilon shows.
+            x = torch.randn(*sizes, *shape, generator=generator, dtype=torch.float32) * known**0.5
+            x_hat = x * (x.square().mean(-1, keepdim=True) + known).rsqrt()
+            try:
+                y = type(module).forward(_stand_in(module, weight), x.clone())
+            except Exception:  # a forward of another kind; whatever it raises, it is not this operator
+                return None
+            if not isinstance(y, Tensor) or y.shape != x.shape:
+                return None
+            offsets = [each for each in offsets if torch.allclose(y, x_hat * (weight + each), rtol=1e-4, atol=1e-5)]
+        return (offsets[0], epsilon) if offsets else None
+
+
+def _stand_in(module: nn.Module, weight: Tensor) -> nn.Module:
+    """A module in training mode with the attributes of `module`, this weight, and zeros for its buffers."""
+    stand_in = copy.copy(module)
+    buffers = {name: None if b is None else torch.zeros(b.shape, dtype=b.dtype) for name, b in module._buffers.items()}
+    stand_in.__dict__ = {
+        **module.__dict__,
+        "_parameters": {"weight": nn.Parameter(weight.clone())},
+        "_buffers": buffers,
+        "training": True,
+    }
+    return stand_in

@@ -18,11 +18,11 @@ class RazorZeroPad(RazorModule):
         """See `RazorModule.handles`."""
         return type(module).forward is nn.ZeroPad2d.forward and module.value == 0
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """As the plain module; lets the next convolution read what is saved before the padding."""
-        if x.dim() != 2 + len(self.padding) // 2 or not self.razor_active(x):
-            return super().forward(x)
-        return zero_pad(x, self.padding)
+        if input.dim() != 2 + len(self.padding) // 2 or not self.razor_active(input):
+            return super().forward(input)
+        return zero_pad(input, self.padding)
 
     def razor_repr(self) -> str:
         """See `RazorModule.razor_repr`."""

@@ -29,11 +29,11 @@ class RazorMaxPool2d(RazorModule):
             return f"{type(module).__name__} returns indices"
         return f"{type(module).__name__} has a forward of its own, or windows of more than {Window.MOST_PLACES} places"
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """As the plain module; saves where in its window each maximum lies."""
-        if not self.razor_active(x) or not self.worth_packing(x):
-            return super().forward(x)
-        return max_pool2d(x, _window(self))
+        if not self.razor_active(input) or not self.worth_packing(input):
+            return super().forward(input)
+        return max_pool2d(input, _window(self))
 
     def razor_repr(self) -> str:
         """See `RazorModule.razor_repr`."""
@@ -50,12 +50,12 @@ class RazorAveragePool2d(RazorModule):
         """See `RazorModule.handles`."""
         return type(module).forward in (nn.AvgPool2d.forward, nn.AdaptiveAvgPool2d.forward)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """As the plain module; saves nothing."""
-        if not self.razor_active(x) or not self.worth_packing(x):
-            return super().forward(x)
+        if not self.razor_active(input) or not self.worth_packing(input):
+            return super().forward(input)
         if isinstance(self, nn.AdaptiveAvgPool2d):
-            return adaptive_average_pool2d(x, self.output_size)
+            return adaptive_average_pool2d(input, self.output_size)
         averaging = Averaging.of(
             self.kernel_size,
             self.stride,
@@ -64,7 +64,7 @@ class RazorAveragePool2d(RazorModule):
             self.count_include_pad,
             self.divisor_override,
         )
-        return average_pool2d(x, averaging)
+        return average_pool2d(input, averaging)
 
     def razor_repr(self) -> str:
         """See `RazorModule.razor_repr`."""

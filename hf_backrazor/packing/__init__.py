@@ -1,7 +1,7 @@
 """Tensors to their stored form and back. Knows nothing of autograd, modules or models."""
 
 from .bits import pack_bits, unpack_bits
-from .cells import Cells, decode_cells, encode_cells
+from .cells import CellCodes, Cells, CellTable, decode_cells, decode_cells_as_integers, encode_cells
 from .codes import CODE_BITS, Codes, decode, encode
 from .index import index_coding
 from .integers import Integers, Kept, decode_integers, fast_with_integers, weight_gradient
@@ -18,6 +18,8 @@ from .steps import Steps, pack_steps, times_steps
 
 __all__ = [
     "CODE_BITS",
+    "CellCodes",
+    "CellTable",
     "Cells",
     "Codes",
     "Integers",
@@ -31,6 +33,7 @@ __all__ = [
     "batch_norm_gradients",
     "decode",
     "decode_cells",
+    "decode_cells_as_integers",
     "decode_integers",
     "encode",
     "encode_cells",

@@ -1,97 +1,173 @@
 """Values in cells of the real line: for each element, the number of the cell that it lies in.
 
-The same cells hold for all rows, so a code needs no scale; and any function of the element can be read from it, by a
-table with one value for each cell.
+There are a few divisions of the line into cells, for numbers of different scale, and each row takes the one that fits
+its mean square. Its codes need no other scale; and any function of the element can be read from them, by a table with
+one value for each cell of each division.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import inf
+from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from ..kernels import cells as _  # noqa: F401  registers the operator
+from ..kernels import cells as _  # noqa: F401  registers the operators
 from ..kernels import rows as native
-from .bits import code_width, pack_codes, unpack_codes
+from .bits import code_width, pack_codes
+from .integers import Integers, Kept, decode_integers_by_row, look_up_by_row
 from .layout import row_slices
 
 FINE = 256
 
+_Constants = TypeVar("_Constants", "Cells", "CellTable")
 
-@dataclass(frozen=True)
+
+def _on(constants: _Constants, device: torch.device) -> _Constants:
+    """The same with its tensors on a device. It is copied there once."""
+    if device not in constants.copies:
+        # Real tensors, also where an estimate asks for them first.
+        with torch.inference_mode(False), unset_fake_temporarily():
+            given = {f.name: getattr(constants, f.name) for f in fields(constants) if f.init}
+            moved = {name: x.to(device) for name, x in given.items() if isinstance(x, Tensor)}
+            constants.copies[device] = replace(constants, copies=constants.copies, **moved)
+    return constants.copies[device]
+
+
+@dataclass(frozen=True, eq=False)
 class Cells:
-    """A division of the real line into `2 ** bits` cells.
+    """Divisions of the real line into `2 ** bits` cells, for rows of different scale.
+
+    A division has `FINE` even steps, half of them below zero; cells end where steps do. The outermost cells take all
+    that lies beyond.
 
     Attributes:
         bits: 1, 2, 3, 4 or 8.
-        reach: between `-reach` and `reach` lie `FINE` even steps; cells end where steps do. The outermost cells take
-            all that lies beyond.
-        starts: the step that each cell begins with, ascending from 0.
+        bounds: float32 `(members - 1,)`, ascending, for at most 256 members: a row takes the division whose number is
+            how many of them its mean square reaches. Not a number reaches none.
+        density: float32 `(members,)`: steps in an interval of length 1.
+        starts: uint8 `(members, 2 ** bits)`: the step that each cell begins with, ascending from 0.
     """
 
     bits: int
-    reach: float
-    starts: tuple[int, ...]
+    bounds: Tensor
+    density: Tensor
+    starts: Tensor
+    copies: dict[torch.device, Cells] = field(default_factory=dict, repr=False)
 
-    def cell_of_step(self, device: torch.device) -> Tensor:
-        """The cell of every step: uint8 `(FINE,)`."""
-        steps = torch.arange(FINE, device=device)
-        starts = torch.tensor(self.starts[1:], device=device)
-        return (steps.unsqueeze(-1) >= starts).sum(-1).to(torch.uint8)
+    def on(self, device: torch.device) -> Cells:
+        """The same with its tensors on a device."""
+        return _on(self, device)
+
+    def member_of(self, x: Tensor) -> Tensor:
+        """The number of the division that each of the rows `x` `(rows, n)` takes: int64 `(rows,)`."""
+        # In double precision, the order of summation does not show: a sum that it changes in the last bits would have
+        # to lie half-way between two neighbours in float32, one of them a bound.
+        square = x.double().square().mean(1).float() if x.shape[1] else x.new_zeros(len(x), dtype=torch.float32)
+        return (square.unsqueeze(-1) >= self.bounds).sum(-1)
+
+    def cell_of_step(self) -> Tensor:
+        """The cell of every step: uint8 `(members, FINE)`."""
+        steps = torch.arange(FINE, device=self.starts.device)
+        return (steps.unsqueeze(-1) >= self.starts[:, None, 1:]).sum(-1).to(torch.uint8)
 
 
-def encode_cells(x: Tensor, cells: Cells) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class CellTable:
+    """What each cell of each division stands for.
+
+    Attributes:
+        values: float32 `(members, 2 ** bits)`.
+    """
+
+    values: Tensor
+    integers: Tensor = field(init=False)
+    scale: Tensor = field(init=False)
+    copies: dict[torch.device, CellTable] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        # values = scale * integers, with a scale for each division: bfloat16 `(members,)` and int8.
+        scale = (self.values.abs().amax(1) / 127).bfloat16()
+        integers = (self.values / scale.float().clamp(min=1e-38).unsqueeze(1)).round_().clamp_(-127, 127)
+        object.__setattr__(self, "scale", scale)
+        object.__setattr__(self, "integers", integers.to(torch.int8))
+
+    def on(self, device: torch.device) -> CellTable:
+        """The same with its tensors on a device."""
+        return _on(self, device)
+
+
+class CellCodes(NamedTuple):
+    """Rows sorted into cells.
+
+    Attributes:
+        fields: uint8 `(rows, code_width(n, bits))`; 8 bits: `(rows, n)`.
+        member: uint8 `(rows,)`: the number of the division that a row's codes are for.
+    """
+
+    fields: Tensor
+    member: Tensor
+
+
+def encode_cells(x: Tensor, cells: Cells) -> CellCodes:
     """Code the rows of `x`; NaN goes to an arbitrary cell.
 
     Args:
         x: floating point, `(rows, n)`.
-        cells: the division.
-
-    Returns:
-        uint8 `(rows, code_width(n, cells.bits))`; 8 bits: `(rows, n)`.
+        cells: the divisions.
     """
+    cells = cells.on(x.device)
     if x.numel() and native.handles(x.device.type, x.shape[1], cells.bits, x.dtype, x.dtype):
         width = code_width(x.shape[1], cells.bits)
-        return torch.ops.hf_backrazor.encode_cells(x, cells.reach, _density(cells), cells.bits, cells.starts, width)
-    slices = row_slices(*x.shape, x.device)
-    codes = [_encode(x[start:stop], cells) for start, stop in slices]
-    return codes[0] if len(codes) == 1 else torch.cat(codes)
+        return CellCodes(
+            *torch.ops.hf_backrazor.encode_cells(x, cells.bounds, cells.density, cells.starts, cells.bits, width)
+        )
+    cell_of_step = None if cells.bits == 8 else cells.cell_of_step().view(-1)
+    slices = [_encode(x[start:stop], cells, cell_of_step) for start, stop in row_slices(*x.shape, x.device)]
+    return slices[0] if len(slices) == 1 else CellCodes(*map(torch.cat, zip(*slices, strict=True)))
 
 
-def _encode(x: Tensor, cells: Cells) -> Tensor:
+def _encode(x: Tensor, cells: Cells, cell_of_step: Tensor | None) -> CellCodes:
     x = x.float() if x.dtype.itemsize < 4 else x
-    steps = (x + cells.reach).mul_(_density(cells)).clamp_(0, FINE - 1).to(torch.uint8)
-    if cells.bits == 8:
-        return steps
-    codes = cells.cell_of_step(x.device).index_select(0, steps.reshape(-1).int())
-    return pack_codes(codes.view(x.shape), cells.bits)
+    member = cells.member_of(x)
+    steps = (x * cells.density[member].unsqueeze(-1)).add_(FINE // 2).clamp_(0, FINE - 1).to(torch.uint8)
+    if cell_of_step is not None:
+        at = member.int().mul_(FINE).unsqueeze(-1) + steps
+        steps = pack_codes(cell_of_step.index_select(0, at.view(-1)).view(x.shape), cells.bits)
+    return CellCodes(steps, member.to(torch.uint8))
 
 
-def _density(cells: Cells) -> float:
-    """Steps in an interval of length 1."""
-    return FINE / 2 / cells.reach
-
-
-def decode_cells(fields: Tensor, n: int, cells: Cells, table: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+def decode_cells(codes: CellCodes, n: int, cells: Cells, table: CellTable, dtype: torch.dtype) -> Tensor:
     """The `table`'s value for the cell of each element.
 
     Args:
-        fields: what `encode_cells` returned, or rows of it.
+        codes: what `encode_cells` returned, or rows of it.
         n: elements in a row.
-        cells: the division.
+        cells: the divisions.
         table: a value for each cell.
         dtype: of the result.
 
     Returns:
-        `(rows, n)` in `dtype`; may be a view into padding.
+        `(rows, n)` in `dtype`.
     """
-    if cells.bits == 8:
-        return torch.tensor(table, dtype=dtype, device=fields.device)[fields.int()]
-    if fields.numel() and native.handles(fields.device.type, n, cells.bits, dtype, dtype):
-        parts = (None, None, None, fields, None)
-        return torch.ops.hf_backrazor.unpack(
-            *parts, 1, 0, None, fields.shape[0], n, 0, "none", cells.bits, table, None, None, -inf, inf, dtype
-        )
-    return unpack_codes(fields, n, cells.bits, table, dtype)
+    coded, member = codes
+    values = table.on(coded.device).values
+    if coded.numel() and native.handles(coded.device.type, n, cells.bits, dtype, dtype):
+        return torch.ops.hf_backrazor.decode_cells(coded, member, values, n, cells.bits, dtype)
+    return look_up_by_row(coded, member, n, cells.bits, values.to(dtype))
+
+
+def decode_cells_as_integers(codes: CellCodes, n: int, cells: Cells, table: CellTable, kept: Kept | None) -> Integers:
+    """As `decode_cells`, with the values as integers and a scale for each row; zero for what is `kept` exactly.
+
+    Args:
+        codes, n, table: as for `decode_cells`.
+        cells: the divisions, of at most 4 bits.
+        kept: see `Integers`.
+    """
+    coded, member = codes
+    table = table.on(coded.device)
+    row_scale = table.scale.index_select(0, member.int()).unsqueeze(-1)
+    return decode_integers_by_row(coded, member, n, cells.bits, table.integers, row_scale, kept)

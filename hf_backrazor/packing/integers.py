@@ -9,10 +9,12 @@ term is a product of integers, which processors have faster instructions for. Th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ..kernels import gradient as _  # noqa: F401  registers the operators
 from ..kernels import rows as native
@@ -74,17 +76,65 @@ def decode_integers(
         row_scale: see `Integers`.
         kept: see `Integers`.
     """
+    unit, table = _integers_of(tuple(levels), fields.device)
+    return Integers(_codes(fields, None, n, bits, table, kept), unit, row_scale, kept)
+
+
+@lru_cache(maxsize=64)
+def _integers_of(levels: tuple[float, ...], device: torch.device) -> tuple[float, Tensor]:
+    """A 127th of the greatest level, and the levels rounded to multiples of it: int8 `(1, len(levels))`."""
     unit = max(map(abs, levels)) / 127
-    table = tuple(round(level / unit) for level in levels)
-    if native.handles(fields.device.type, n, bits, torch.float32, _value_dtype(kept)):
+    # Real tables, also where an estimate asks for one first.
+    with torch.inference_mode(False), unset_fake_temporarily():
+        return unit, torch.tensor([[round(level / unit) for level in levels]], dtype=torch.int8, device=device)
+
+
+def decode_integers_by_row(
+    fields: Tensor, member: Tensor, n: int, bits: int, table: Tensor, row_scale: Tensor, kept: Kept | None
+) -> Integers:
+    """Read codes as integers, by a line of a table for each row.
+
+    Args:
+        fields: uint8 `(rows, code_width(n, bits))`.
+        member: uint8 `(rows,)`: the line of the table that holds for each row.
+        n: elements in a row.
+        bits: 1 to 4.
+        table: int8 `(members, 2 ** bits)`: what each code stands for.
+        row_scale: see `Integers`.
+        kept: see `Integers`.
+    """
+    return Integers(_codes(fields, member, n, bits, table, kept), 1.0, row_scale, kept)
+
+
+def _codes(fields: Tensor, member: Tensor | None, n: int, bits: int, table: Tensor, kept: Kept | None) -> Tensor:
+    if fields.numel() and native.handles(fields.device.type, n, bits, torch.float32, _value_dtype(kept)):
         index, k, coding = (None, 0, "none") if kept is None else (_bytes(kept), kept.values.shape[-1], kept.coding)
-        codes = torch.ops.hf_backrazor.integers(fields, index, n, k, coding, bits, table)
-    else:
-        codes = unpack_codes(fields, n, bits, table, torch.int8).contiguous()
-        if kept is not None:
-            zeros = torch.zeros(kept.values.shape, dtype=torch.int8, device=codes.device)
-            codes = scatter_kept(codes, kept.index, zeros, kept.coding)
-    return Integers(codes, unit, row_scale, kept)
+        return torch.ops.hf_backrazor.integers(fields, index, table, member, n, k, coding, bits)
+    codes = look_up_by_row(fields, member, n, bits, table).contiguous()
+    if kept is not None:
+        zeros = torch.zeros(kept.values.shape, dtype=torch.int8, device=codes.device)
+        codes = scatter_kept(codes, kept.index, zeros, kept.coding)
+    return codes
+
+
+def look_up_by_row(fields: Tensor, member: Tensor | None, n: int, bits: int, table: Tensor) -> Tensor:
+    """What each code stands for, by a line of a table for each row.
+
+    Args:
+        fields: uint8 `(rows, code_width(n, bits))`; 8 bits: `(rows, n)`.
+        member: uint8 `(rows,)`: the line of the table that holds for each row; or None: the first for all.
+        n: elements in a row.
+        bits: 1 to 4, or 8.
+        table: `(members, 2 ** bits)`.
+
+    Returns:
+        `(rows, n)` in the table's dtype.
+    """
+    codes = fields if bits == 8 else unpack_codes(fields, n, bits, tuple(range(2**bits)), torch.uint8)
+    at = codes.int()
+    if member is not None:
+        at += (member.int() << bits).unsqueeze(-1)
+    return table.view(-1).index_select(0, at.reshape(-1)).view(at.shape)
 
 
 def weight_gradient(

@@ -40,7 +40,7 @@ def packed_norm_gradients(
         `(rows, n)`, `(n,)`, `(n,)`.
     """
     if layout.matrix != tuple(grad.shape) or not layout.by_row or not layout.is_compiled(parts, grad.dtype):
-        return norm_gradients(grad, layout.unpack(parts, grad.dtype).view(grad.shape), rstd, gamma, centred)
+        return norm_gradients(grad, layout.unpack(parts, grad.dtype).reshape(grad.shape), rstd, gamma, centred)
     values, index, scale, fields = layout.split(parts)
     spec = layout.spec
     return torch.ops.hf_backrazor.norm_backward(
@@ -96,7 +96,7 @@ def packed_batch_norm_gradients(
         As `grad`, `(channels,)`, `(channels,)`.
     """
     scale = rstd if gamma is None else rstd * gamma
-    if grad.device.type != "cpu" or not layout.by_row or not layout.is_compiled(parts, grad.dtype):
+    if grad.device.type != "cpu" or not grad.numel() or not layout.by_row or not layout.is_compiled(parts, grad.dtype):
         grad = grad if mask is None else times_steps(grad, mask, Steps())
         return batch_norm_gradients(grad, layout.unpack(parts, grad.dtype), scale, by_batch)
     spec = layout.spec

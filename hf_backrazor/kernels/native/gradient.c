@@ -42,13 +42,14 @@ INLINED void look_up_integers(const uint8_t *restrict codes, int64_t bits, const
 
 CLONED static void integers_of_rows(const integers_args *a, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row++) {
+        const int8_t *table = a->table + (a->member ? (int64_t)a->member[row] << a->bits : 0);
         int8_t *out = a->out + row * a->n;
         for (int64_t start = 0; start < a->n; start += PORTION) {
             uint8_t codes[PORTION];
             int8_t rest[PORTION];
             const int full = a->n - start >= PORTION;
             read_codes(a->fields + row * a->fields_stride, start, a->n, a->bits, codes);
-            look_up_integers(codes, a->bits, a->table, full ? out + start : rest);
+            look_up_integers(codes, a->bits, table, full ? out + start : rest);
             if (!full) memcpy(out + start, rest, (size_t)(a->n - start));
         }
         if (a->k) FOR_EACH_KEPT(a->index + row * a->index_stride, a->n, a->k, a->coding, i, j, out[i] = 0);

@@ -108,19 +108,34 @@ typedef struct {
     int64_t threads;
 } unpack_args;
 
-/* Elements to be sorted into cells of the real line. */
+/* Rows to be sorted into cells of the real line, each by one of a few divisions of it. */
 typedef struct {
     const void *x;            /* element (row, i) at x + row stride + i */
     int64_t x_dtype;          /* FLOAT32 or BFLOAT16 */
     int64_t rows, n, stride;
-    float reach;              /* steps lie evenly between -reach and reach */
-    float steps_per_unit;
     int64_t bits;             /* 1 to 4 */
-    const uint8_t *starts;    /* the step that each of the 2^bits cells begins with, ascending from 0 */
+    int64_t members;          /* divisions, 1 to 256 */
+    const float *bounds;      /* (members - 1): between their mean squares, ascending */
+    const float *density;     /* (members): steps in an interval of length 1; half of them lie below zero */
+    const uint8_t *starts;    /* (members, 2^bits): the step that each cell begins with, ascending from 0 */
     uint8_t *fields;          /* (rows, fields_stride) bytes */
     int64_t fields_stride;
+    uint8_t *member;          /* (rows): whose cells a row's codes number */
     int64_t threads;
 } cells_args;
+
+/* What the cells of rows stand for. */
+typedef struct {
+    int64_t rows, n;
+    int64_t bits;             /* 1 to 4 */
+    const float *table;       /* (members, 2^bits): a value for each cell */
+    const uint8_t *member;    /* (rows), as in cells_args */
+    const uint8_t *fields;    /* (rows, fields_stride) bytes */
+    int64_t fields_stride;
+    int64_t out_dtype;        /* FLOAT32 or BFLOAT16 */
+    void *out;                /* (rows, n) */
+    int64_t threads;
+} values_args;
 
 /* Elements between two bounds, or a gradient that depends on whether they are. */
 typedef struct {
@@ -138,7 +153,8 @@ typedef struct {
 typedef struct {
     int64_t rows, n;
     int64_t bits;             /* 1 to 4 */
-    const int8_t *table;      /* what each of the 2^bits codes stands for */
+    const int8_t *table;      /* (members, 2^bits): what each code stands for */
+    const uint8_t *member;    /* (rows): whose line of the table holds for a row; or NULL: the first */
     const uint8_t *fields;    /* (rows, fields_stride) bytes */
     int64_t fields_stride;
     int64_t k, coding;        /* kept elements become zero */
@@ -241,6 +257,9 @@ INLINED float sum_floats(float *restrict lanes) {
     }
     return lanes[0];
 }
+
+/* A lane's share of a portion. */
+#define SQUARES(type, x, i) ((type)(x)[i] * (type)(x)[i] + (type)(x)[LANES + i] * (type)(x)[LANES + i])
 
 INLINED double sum_doubles(double *restrict lanes) {
     for (int width = LANES / 2; width; width /= 2) {

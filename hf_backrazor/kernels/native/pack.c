@@ -46,9 +46,6 @@ INLINED uint32_t greatest_up_to(const float *restrict x, int64_t n, uint32_t mos
     return (uint32_t)greatest;
 }
 
-/* A lane's share of a portion. */
-#define SQUARES(type, x, i) ((type)(x)[i] * (type)(x)[i] + (type)(x)[LANES + i] * (type)(x)[LANES + i])
-
 INLINED float root_mean_square(const float *restrict x, int64_t n) {
     float lanes[LANES] = {0};
     for (int64_t start = 0; start < n; start += PORTION) {

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .rows import index_form
-from .tiles import CODINGS, EXACT, MASK, POSITIONS, load_codes, load_fields, load_places, look_up, tile_of
+from .tiles import CODINGS, EXACT, MASK, POSITIONS, load_codes, load_fields, load_places, look_up_by_row, tile_of
 
 
 @triton.jit
@@ -18,6 +16,8 @@ def integers_kernel(
     out,
     fields,
     index,
+    table,
+    member,
     rows,
     index_stride,
     fields_stride,
@@ -28,7 +28,6 @@ def integers_kernel(
     END_BYTES: tl.constexpr,
     KEPT: tl.constexpr,
     BITS: tl.constexpr,
-    LEVELS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -37,7 +36,8 @@ def integers_kernel(
     live = row < rows
     inside = live[:, None] & (column < n)[None, :]
     at = out + row.to(tl.int64)[:, None] * n
-    x = look_up(load_codes(fields, row, column, inside, fields_stride, n, BITS), BITS, LEVELS, tl.int32)
+    codes = load_codes(fields, row, column, inside, fields_stride, n, BITS)
+    x = look_up_by_row(codes, table, member, row, live, inside, BITS)
     if CODING == MASK:
         x = tl.where(load_fields(index, row, column, inside, index_stride, 1) > 0, 0, x)
     tl.store(at + column[None, :], x.to(tl.int8), mask=inside)
@@ -49,10 +49,18 @@ def integers_kernel(
 
 
 def integers(
-    fields: Tensor, index: Tensor | None, n: int, k: int, coding: str, bits: int, table: Sequence[int]
+    fields: Tensor,
+    index: Tensor | None,
+    table: Tensor,
+    member: Tensor | None,
+    n: int,
+    k: int,
+    coding: str,
+    bits: int,
 ) -> Tensor:
     """See `kernels.gradient.integers`."""
-    fields, index = fields.contiguous(), None if index is None else index.contiguous()
+    fields, table = fields.contiguous(), table.contiguous()
+    index, member = (None if t is None else t.contiguous() for t in (index, member))
     rows, tile = fields.shape[0], tile_of(n)
     out = fields.new_empty((rows, n), dtype=torch.int8)
     index, index_stride, ends, end_bytes = index_form(index, n, k, coding)
@@ -61,6 +69,8 @@ def integers(
             out,
             fields,
             index,
+            table,
+            member,
             rows,
             index_stride,
             fields.shape[1],
@@ -71,7 +81,6 @@ def integers(
             END_BYTES=end_bytes,
             KEPT=triton.next_power_of_2(max(k, 1)),
             BITS=bits,
-            LEVELS=tuple(table),
             **tile,
             **EXACT,
         )

@@ -89,6 +89,14 @@ def look_up(codes, BITS: tl.constexpr, TABLE: tl.constexpr, dtype: tl.constexpr)
 
 
 @triton.jit
+def look_up_by_row(codes, table, member, row, live, inside, BITS: tl.constexpr):
+    """What each code stands for, by the line of a table `(members, 2 ** BITS)` that holds for its row."""
+    if member is not None:
+        codes += (tl.load(member + row, mask=live, other=0).to(tl.int32) << BITS)[:, None]
+    return tl.load(table + codes, mask=inside, other=0)
+
+
+@triton.jit
 def load_places(
     index,
     row,

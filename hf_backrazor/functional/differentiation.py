@@ -1,0 +1,173 @@
+"""What a backward owes autograd beyond the gradient: to be differentiated again, or to say that it cannot.
+
+With `create_graph=True` autograd runs a backward with gradients enabled, and differentiates what it computed. A
+backward that reads a packed copy cannot give that derivative: the copy is no function of the graph any more. Every
+backward in this folder is therefore of one of these kinds, and says which:
+
+- `@once_differentiable`: its results carry an error, raised when somebody differentiates through them.
+- `@replayed`: the same, except where the input is stored as it is: then the gradient is computed again in operators of
+  torch.
+- `@twice_differentiable`: it is written in operators that autograd differentiates, and takes what was saved from
+  `restored`. Tensors that are stored as they are come back as part of the graph; what had to be unpacked carries the
+  error. So the gradient of a linear layer's input can always be differentiated again, and that of its weight where the
+  input is stored whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from ..compat import is_batched
+from ..packing import Layout, Packed, SparseLayout
+
+Backward = Callable[..., Any]
+
+
+def once_differentiable(backward: Backward) -> Backward:
+    """Mark a backward whose results cannot be differentiated: doing so raises RuntimeError, whatever the way there."""
+    name = _name(backward)
+
+    @wraps(backward)
+    def checked(ctx: FunctionCtx, *grads: Tensor | None) -> Any:
+        _refuse_batches(name, grads)
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        results = results if isinstance(results, tuple) else (results,)
+        return tuple(refused(x, name) if isinstance(x, Tensor) else x for x in results)
+
+    checked.differentiable = False
+    return checked
+
+
+def replayed(replay: Backward) -> Callable[[Backward], Backward]:
+    """As `once_differentiable`, but for what `replay` can do.
+
+    Args:
+        replay: as the backward, in operators that autograd differentiates. It is called in place of the backward where
+            the gradient is to be differentiated, and returns NotImplemented, with `ctx.saved_tensors` not read, where
+            what was stored does not allow for it.
+    """
+
+    def mark(backward: Backward) -> Backward:
+        once = once_differentiable(backward)
+
+        @wraps(backward)
+        def checked(ctx: FunctionCtx, *grads: Tensor | None) -> Any:
+            if torch.is_grad_enabled():
+                results = replay(ctx, *grads)
+                if results is not NotImplemented:
+                    return results
+            return once(ctx, *grads)
+
+        checked.differentiable = True
+        return checked
+
+    return mark
+
+
+def twice_differentiable(backward: Backward) -> Backward:
+    """Mark a backward that autograd can differentiate, as far as it reads nothing that was packed (see `restored`)."""
+    name = _name(backward)
+
+    @wraps(backward)
+    def checked(ctx: FunctionCtx, *grads: Tensor | None) -> Any:
+        _refuse_batches(name, grads)
+        return backward(ctx, *grads)
+
+    checked.differentiable = True
+    return checked
+
+
+def saved_parts(x: Tensor, packed: Packed) -> tuple[Tensor, ...]:
+    """What to give to `ctx.save_for_backward` for `packed`, a copy of the operator's input `x`.
+
+    Its parts; but where `x` is stored as it is, `x` itself, which comes back as part of the graph.
+    """
+    layout, parts = packed
+    is_input = isinstance(layout, SparseLayout) and layout.whole and not x.is_meta and parts[0].is_set_to(x)
+    return (x,) if is_input else parts
+
+
+def restored(
+    layout: Layout, parts: Sequence[Tensor], dtype: torch.dtype | None = None, constant: bool = False
+) -> Tensor:
+    """Unpack a whole tensor for a gradient that is to be differentiated.
+
+    Args:
+        layout: how to read it.
+        parts: what `saved_parts` returned, saved by autograd in between.
+        dtype: of the result (default: the one that the tensor had).
+        constant: the tensor required no gradient.
+
+    Returns:
+        The tensor, of the layout's shape: part of the graph if it was stored as it is. Otherwise, unless it is
+        constant, differentiating what is computed from it raises RuntimeError.
+    """
+    if isinstance(layout, SparseLayout) and layout.whole and parts[0].requires_grad:
+        return parts[0].to(dtype or layout.dtype)
+    with torch.no_grad():
+        dense = layout.unpack(parts, dtype)
+    return dense if constant else refused(dense, "an operator that packs its input")
+
+
+def refused(x: Tensor, operator: str) -> Tensor:
+    """`x`, floating point, such that differentiating what is computed from it raises RuntimeError."""
+    return _Refused.apply(x.detach().requires_grad_(), operator)
+
+
+def replayed_gradients(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad_output: Tensor
+) -> list[Tensor | None]:
+    """Gradients of `function(*inputs)`, computed once more, that can be differentiated again.
+
+    Args:
+        function: plain code of torch.
+        inputs: its arguments; None where there is none.
+        grad_output: of its result's shape.
+
+    Returns:
+        For each input its gradient, or None if it requires none.
+    """
+    # Aliases, as autograd would run the hooks of the inputs themselves here and in the backward around this.
+    aliases = [None if x is None else x.view_as(x) for x in inputs]
+    output = function(*aliases)
+    wanted = [x for x in aliases if x is not None and x.requires_grad]
+    grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=True, allow_unused=True))
+    return [next(grads) if x is not None and x.requires_grad else None for x in aliases]
+
+
+class _Refused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, operator: str) -> Tensor:
+        ctx.operator = operator
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_output: Tensor) -> Any:
+        raise RuntimeError(
+            f"razor: the gradient of {ctx.operator} is asked for a derivative of its own (create_graph=True), which it "
+            "has not got, as it was computed from a packed activation. Compute what is differentiated twice inside of "
+            "`model.disable_razor()`, or leave the layers on its way out by `exclude_modules`; with "
+            '`RazorConfig.preset("lossless")` most operators support it'
+        )
+
+
+def _name(backward: Backward) -> str:
+    return backward.__qualname__.split(".")[-2].lstrip("_")
+
+
+def _refuse_batches(name: str, grads: Sequence[Tensor | None]) -> None:
+    if any(isinstance(x, Tensor) and is_batched(x) for x in grads):
+        raise RuntimeError(
+            f"razor: the backward of {name} takes one gradient at a time, not a batch of them "
+            "(`is_grads_batched=True`, `torch.vmap`, a vectorized Jacobian); take them one after the other, or run the "
+            "forward inside of `model.disable_razor()`"
+        )
