@@ -81,6 +81,8 @@ def _compare_errors(program: Program, expected: Run, actual: Run) -> list[Differ
             return []
         return [Difference("only razor raises", type(actual.error).__name__, str(actual.error)[:300])]
     if actual.error is None:
+        if "is not implemented" in str(expected.error):  # razor may have a second derivative where torch has none
+            return []
         text = f"{type(expected.error).__name__}: {str(expected.error)[:300]}"
         return [Difference("only dense raises", type(expected.error).__name__, text)]
     text = f"{type(expected.error).__name__}: {expected.error!s:.200}; {type(actual.error).__name__}: "

@@ -41,7 +41,7 @@ _WRAPPERS = {
     "reentrant checkpoint": (3, "x = checkpoint(self.NAME, x, use_reentrant=True)"),
     "no_grad": (1, "with torch.no_grad():\n    x = self.NAME(x)"),
     "input detached": (1, "x = self.NAME(x.detach())"),
-    "saved on CPU": (2, "with save_on_cpu():\n    x = self.NAME(x)"),
+    "saved on CPU": (2, "with copied_to_cpu():\n    x = self.NAME(x)"),
     "saved-tensor hooks": (
         2,
         "with saved_tensors_hooks(lambda t: [t.clone()], lambda kept: kept[0]):\n    x = self.NAME(x)",

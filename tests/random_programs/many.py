@@ -116,19 +116,15 @@ def outcomes(first: int, programs: int, processes: int, setting: str | None, shr
                 process.join()
                 if process.exitcode:
                     seed = at[results]
-                    yield _died(seed, setting, process.exitcode)
+                    # Not drawn here: it would end this process, too.
+                    first = Difference("the process ends", f"exit code {process.exitcode}", "")
+                    yield Outcome(seed, frozenset(), first=first, script=f"# --seed {seed}")
                     waiting += [range(seed + 1, seeds.stop)] * (seed + 1 < seeds.stop)
                 continue
             if isinstance(message, int):
                 at[results] = message
             else:
                 yield message
-
-
-def _died(seed: int, setting: str | None, code: int) -> Outcome:
-    program = draw_program(seed, setting)
-    first = Difference("the process ends", f"exit code {code}", "")
-    return Outcome(seed, program.features, True, first, program.script(), _operators(program))
 
 
 def summary(found: list[Outcome], seconds: float) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import BertConfig, GPT2Config, LlamaConfig
 from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
@@ -68,6 +69,13 @@ class Llama(nn.Module):
 
 def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
+
+
+class copied_to_cpu(saved_tensors_hooks):
+    """As `save_on_cpu`, which of a tensor on a CPU keeps no copy, and reads what is changed in place afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda t: t.to("cpu", copy=True), lambda t: t)
 
 
 def randomise(model: nn.Module) -> nn.Module:

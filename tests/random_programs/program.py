@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
-from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 import transformers
 from transformers.activations import ACT2FN
@@ -217,7 +217,7 @@ def _namespace() -> dict[str, Any]:
         import torch.nn.functional as F
         import transformers
         from torch import nn
-        from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+        from torch.autograd.graph import saved_tensors_hooks
         from torch.nn.utils import prune
         from torch.utils.checkpoint import checkpoint
         from transformers.activations import ACT2FN
@@ -233,7 +233,6 @@ def _namespace() -> dict[str, Any]:
             nn=nn,
             prune=prune,
             transformers=transformers,
-            save_on_cpu=save_on_cpu,
             saved_tensors_hooks=saved_tensors_hooks,
             checkpoint=checkpoint,
             ACT2FN=ACT2FN,
