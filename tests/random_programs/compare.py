@@ -47,6 +47,8 @@ def differences(program: Program, apply: Apply = razor) -> list[Difference]:
         expected = execute(program, saving=_copies)
         if actual.error is not None and _is_about_versions(actual.error):
             return []
+    if "is not implemented" in str(expected.error) and actual.error is None:
+        return []  # razor may have a second derivative where torch has none
     found = _compare_errors(program, expected, actual)
     if found:
         return found
@@ -81,8 +83,6 @@ def _compare_errors(program: Program, expected: Run, actual: Run) -> list[Differ
             return []
         return [Difference("only razor raises", type(actual.error).__name__, str(actual.error)[:300])]
     if actual.error is None:
-        if "is not implemented" in str(expected.error):  # razor may have a second derivative where torch has none
-            return []
         text = f"{type(expected.error).__name__}: {str(expected.error)[:300]}"
         return [Difference("only dense raises", type(expected.error).__name__, text)]
     text = f"{type(expected.error).__name__}: {expected.error!s:.200}; {type(actual.error).__name__}: "
