@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import Node
 
 
 def in_functorch_transform() -> bool:
@@ -20,19 +18,9 @@ def is_batched(x: Tensor) -> bool:
     return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
 
 
-@contextmanager
-def hooks_off(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Run no hooks of these tensors inside of the context.
-
-    A backward that calls `torch.autograd.grad` for parameters would run them there, and autograd runs them again when
-    it accumulates what that backward returned.
-    """
-    hooks = [x._backward_hooks for x in tensors if x._backward_hooks]
-    copies = [dict(each) for each in hooks]
-    for each in hooks:
-        each.clear()
+def will_be_executed(node: Node) -> bool:
+    """Whether autograd, called from a backward that runs now, goes on to `node`."""
     try:
-        yield
-    finally:
-        for each, copy in zip(hooks, copies, strict=True):
-            each.update(copy)
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf that `torch.autograd.grad` was asked for
+        return True

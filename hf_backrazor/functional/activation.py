@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from ..compat import hooks_off
 from ..packing import Cells, CellTable, Packed, PackSpec, Steps, encode_cells, pack, pack_steps, times_steps
 from ..packing.cells import FINE
-from .differentiation import once_differentiable, restored, saved_parts, twice_differentiable
+from .differentiation import once_differentiable, replayed_gradients, restored, saved_parts, twice_differentiable
 from .layouts import CellLayout, ChannelAffineLayout, RectifiedLayout
 from .precision import current_autocast
 from .sharing import note_origin, origin_of
@@ -176,12 +175,12 @@ def activation(
 
     Args:
         x: float, any shape.
-        forward: the activation function; its result is returned as it is.
+        forward: the activation function, of `x` and `parameters`; its result is returned as it is.
         rule: what is known of it.
         bits: 2, 3, 4, 8: the input in so many bits. 16: the input in half precision (float16 for wider tensors). 32:
             the input as it is, or the output where autograd keeps that. A derivative of two values always takes one
             bit. Without a rule, fewer bits than 16 are read as 16.
-        parameters: learnable parameters that `forward` reads. They need autograd, so no rule is used for them.
+        parameters: learnable parameters. They need autograd, so no rule is used for them.
         inplace: `forward` writes its result to `x`, and returns that.
     """
     rule = None if parameters else rule
@@ -264,7 +263,7 @@ class _Activation(torch.autograd.Function):
         if inplace and ctx.layout.whole:  # what is stored is `x` itself
             stored = (x.clone(),)
         ctx.save_for_backward(*stored, *parameters)
-        return forward(x)
+        return forward(x, *parameters)
 
     @staticmethod
     @twice_differentiable
@@ -275,17 +274,26 @@ class _Activation(torch.autograd.Function):
             return _times_steps(grad_output, stored, ctx.rule.steps), *others
         if ctx.layout is None:
             return grad_output * ctx.rule.derivative_of_output(stored), *others
-        again = torch.is_grad_enabled()
-        x = restored(ctx.layout, (stored,)) if again else ctx.layout.unpack((stored,)).detach()
-        x = x.view_as(x) if x.requires_grad else x.requires_grad_()
-        with torch.enable_grad(), ctx.autocast:
-            # A function that works in place would write to a leaf, and to what is stored.
-            output = ctx.function(x.clone() if ctx.inplace and ctx.rule is None else x)
-        wanted = [tensor for tensor in (x, *parameters) if tensor.requires_grad]
-        with hooks_off(parameters):
-            grads = torch.autograd.grad(output, wanted, grad_output, create_graph=again, allow_unused=True)
-        grads = iter(grads)
-        return next(grads), *others, *(next(grads) if p.requires_grad else None for p in parameters)
+        needed = ctx.needs_input_grad
+
+        # A function that works in place would write to a leaf, and to what is stored.
+        def plain(x: Tensor, *parameters: Tensor) -> Tensor:
+            with ctx.autocast:
+                return ctx.function(x.clone() if ctx.inplace and ctx.rule is None else x, *parameters)
+
+        if torch.is_grad_enabled():
+            x = restored(ctx.layout, (stored,), constant=not needed[0])
+            grad_x, *grads = replayed_gradients(plain, (x, *parameters), grad_output)
+            return grad_x, *others, *grads
+        inputs = [ctx.layout.unpack((stored,)).detach(), *(parameter.detach() for parameter in parameters)]
+        for tensor, wanted in zip(inputs, (needed[0], *needed[5:]), strict=True):
+            tensor.requires_grad_(wanted)
+        with torch.enable_grad():
+            output = plain(*inputs)
+        wanted = [tensor for tensor in inputs if tensor.requires_grad]
+        grads = iter(torch.autograd.grad(output, wanted, grad_output, allow_unused=True))
+        grad_x, *grads = (next(grads) if tensor.requires_grad else None for tensor in inputs)
+        return grad_x, *others, *grads
 
 
 def _times_steps(grad_output: Tensor, bits: Tensor, steps: Steps) -> Tensor:

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from ..compat import hooks_off
 from ..packing import Layout, PackSpec, pack
 from .differentiation import once_differentiable, restored, saved_parts, twice_differentiable
 from .masks import pack_mask
@@ -30,7 +29,6 @@ def recomputed_attention(
     others: Sequence[Tensor],
     spec: PackSpec,
     random: bool,
-    parameters: Sequence[Tensor] = (),
 ) -> Tensor:
     """Attention that saves packed q, k, v and runs `attend` again in backward.
 
@@ -42,17 +40,15 @@ def recomputed_attention(
         query: float, `(batch, heads, length, head_dim)`.
         key: float, as `query`; its heads and length may differ.
         value: float, as `key`.
-        others: all other tensors that `attend` depends on (masks, position biases, sinks). Masks are packed (see
-            `pack_mask`), the rest is saved as it is; those that require a gradient get one.
+        others: all other tensors that `attend` depends on (masks, position biases, sinks, parameters). Masks are packed
+            (see `pack_mask`), the rest is saved as it is; those that require a gradient get one.
         spec: how q, k and v are packed.
         random: `attend` draws random numbers.
-        parameters: learnable parameters that `attend` reads by itself.
 
     Returns:
         What `attend` returns.
     """
-    parameters = tuple(parameters)
-    return _RecomputedAttention.apply(attend, spec, random, parameters, query, key, value, *others, *parameters)
+    return _RecomputedAttention.apply(attend, spec, random, query, key, value, *others)
 
 
 class _RecomputedAttention(torch.autograd.Function):
@@ -62,14 +58,11 @@ class _RecomputedAttention(torch.autograd.Function):
         attend: Callable[..., Tensor],
         spec: PackSpec,
         random: bool,
-        parameters: tuple[Tensor, ...],
         query: Tensor,
         key: Tensor,
         value: Tensor,
         *others: Tensor,
     ) -> Tensor:
-        # Those come last of all once more, so that autograd knows of them; `attend` has them already.
-        others = others[: len(others) - len(parameters)]
         packed = [pack(x, spec) for x in (query, key, value)]
         rng = [get_rng_state(query.device)] if random else []
         ctx.attend, ctx.random = attend, random
@@ -80,8 +73,7 @@ class _RecomputedAttention(torch.autograd.Function):
         ctx.mask_layouts = [mask.layout for mask in masks]
         # Layers above find and share what this keeps alive.
         ctx.shared = [mask for mask in masks if mask.layout.form != "whole"]
-        ctx.save_for_backward(*rng, *parameters, *(mask.part for mask in masks), *parts)
-        ctx.counts = len(parameters), len(others)
+        ctx.save_for_backward(*rng, *(mask.part for mask in masks), *parts)
         with fast_dropout(query.device) if random else nullcontext():
             return attend(query, key, value, *others).detach()  # no view (see `_Linear`)
 
@@ -90,27 +82,22 @@ class _RecomputedAttention(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         saved = list(ctx.saved_tensors)
         rng = saved.pop(0) if ctx.random else None
-        parameter_count, other_count = ctx.counts
-        parameters, saved = saved[:parameter_count], saved[parameter_count:]
-        others, saved = saved[:other_count], saved[other_count:]
-        others = [layout.unpack(part) for layout, part in zip(ctx.mask_layouts, others, strict=True)]
-        again, needed = torch.is_grad_enabled(), ctx.needs_input_grad[4:]
+        count = len(ctx.mask_layouts)
+        others = [layout.unpack(part) for layout, part in zip(ctx.mask_layouts, saved[:count], strict=True)]
+        again, needed = torch.is_grad_enabled(), ctx.needs_input_grad[3:]
         if again:
-            inputs = [x.view_as(x) for x in (*_restore_all(ctx.layouts, saved, needed), *others)]
+            inputs = [x.view_as(x) for x in (*_restore_all(ctx.layouts, saved[count:], needed), *others)]
         else:
-            inputs = [x.detach() for x in (*_unpack_all(ctx.layouts, saved), *others)]
-            for x, wanted in zip(inputs, needed, strict=False):
+            inputs = [x.detach() for x in (*_unpack_all(ctx.layouts, saved[count:]), *others)]
+            for x, wanted in zip(inputs, needed, strict=True):
                 x.requires_grad_(wanted)
         device = grad_output.device
         faster = fast_dropout(device) if ctx.random else nullcontext()
         with torch.enable_grad(), ctx.autocast, replayed_rng(device, rng), faster:
             output = ctx.attend(*inputs)
-        inputs += parameters
         wanted = [x for x in inputs if x.requires_grad]
-        with hooks_off(parameters):
-            grads = torch.autograd.grad(output, wanted, grad_output, create_graph=again, allow_unused=True)
-        grads = iter(grads)
-        return None, None, None, None, *(next(grads) if x.requires_grad else None for x in inputs)
+        grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=again, allow_unused=True))
+        return None, None, None, *(next(grads) if x.requires_grad else None for x in inputs)
 
 
 def sparse_attention(

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from ..packing import Layout, Packed, PackSpec
-from .differentiation import restored, saved_parts, twice_differentiable
+from .differentiation import is_wanted, restored, saved_parts, twice_differentiable
 from .layouts import PaddedLayout
 from .padding import zero_pad
 from .precision import accumulate_dtype, compute_dtype
@@ -164,6 +164,8 @@ class _Convolution(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         shape = _shape_alone(grad_output, ctx.input_shape)
         grad_input, _, grad_bias = ctx.geometry.backward(grad_output, shape, kernel, (needs_x, False, needs_bias))
+        if needs_weight and torch.is_grad_enabled():
+            needs_weight = is_wanted(ctx, 1)
         grad_weight = _grad_weight(ctx, grad_output, kernel, parts) if needs_weight else None
         return (
             grad_input.to(ctx.input_dtype) if needs_x else None,

@@ -1,47 +1,48 @@
 """What a backward owes autograd beyond the gradient: to be differentiated again, or to say that it cannot.
 
 With `create_graph=True` autograd runs a backward with gradients enabled, and differentiates what it computed. A
-backward that reads a packed copy cannot give that derivative: the copy is no function of the graph any more. Every
-backward in this folder is therefore of one of these kinds, and says which:
+backward that reads a packed copy cannot give that derivative: the copy is no function of the graph any more, and what
+is computed from it would pass for a constant. Every backward in this folder is therefore of one of these kinds, and
+says which:
 
-- `@once_differentiable`: its results carry an error, raised when somebody differentiates through them.
+- `@once_differentiable`: with `create_graph=True` it raises RuntimeError.
 - `@replayed`: the same, except where the input is stored as it is: then the gradient is computed again in operators of
   torch.
 - `@twice_differentiable`: it is written in operators that autograd differentiates, and takes what was saved from
-  `restored`. Tensors that are stored as they are come back as part of the graph; what had to be unpacked carries the
-  error. So the gradient of a linear layer's input can always be differentiated again, and that of its weight where the
-  input is stored whole.
+  `restored`. Tensors that are stored as they are come back as part of the graph; what would have to be unpacked raises
+  RuntimeError. So the gradient of a linear layer's input can always be differentiated again, and that of its weight
+  where the input is stored whole.
+
+Errors are raised at once, and not when somebody differentiates: `torch.autograd.grad` leaves out whatever is not on the
+way to the tensors that it is asked for, an error as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from ..compat import is_batched
+from ..compat import is_batched, will_be_executed
 from ..packing import Layout, Packed, SparseLayout
 
 Backward = Callable[..., Any]
 
 
 def once_differentiable(backward: Backward) -> Backward:
-    """Mark a backward whose results cannot be differentiated: doing so raises RuntimeError, whatever the way there."""
+    """Mark a backward whose results cannot be differentiated: it raises RuntimeError where they are to be."""
     name = _name(backward)
 
     @wraps(backward)
     def checked(ctx: FunctionCtx, *grads: Tensor | None) -> Any:
         _refuse_batches(name, grads)
-        if not torch.is_grad_enabled():
-            return backward(ctx, *grads)
-        with torch.no_grad():
-            results = backward(ctx, *grads)
-        results = results if isinstance(results, tuple) else (results,)
-        return tuple(refused(x, name) if isinstance(x, Tensor) else x for x in results)
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) for x in grads):
+            _refuse(f"the backward of {name}")
+        return backward(ctx, *grads)
 
     checked.differentiable = False
     return checked
@@ -99,7 +100,7 @@ def saved_parts(x: Tensor, packed: Packed) -> tuple[Tensor, ...]:
 def restored(
     layout: Layout, parts: Sequence[Tensor], dtype: torch.dtype | None = None, constant: bool = False
 ) -> Tensor:
-    """Unpack a whole tensor for a gradient that is to be differentiated.
+    """The whole tensor for a gradient that is to be differentiated.
 
     Args:
         layout: how to read it.
@@ -108,19 +109,26 @@ def restored(
         constant: the tensor required no gradient.
 
     Returns:
-        The tensor, of the layout's shape: part of the graph if it was stored as it is. Otherwise, unless it is
-        constant, differentiating what is computed from it raises RuntimeError.
+        The tensor, of the layout's shape: part of the graph, unless it is constant.
+
+    Raises:
+        RuntimeError: it is not constant, and was not stored as it is.
     """
     if isinstance(layout, SparseLayout) and layout.whole and parts[0].requires_grad:
         return parts[0].to(dtype or layout.dtype)
+    if not constant:
+        _refuse("a gradient that reads a packed activation")
     with torch.no_grad():
-        dense = layout.unpack(parts, dtype)
-    return dense if constant else refused(dense, "an operator that packs its input")
+        return layout.unpack(parts, dtype)
 
 
-def refused(x: Tensor, operator: str) -> Tensor:
-    """`x`, floating point, such that differentiating what is computed from it raises RuntimeError."""
-    return _Refused.apply(x.detach().requires_grad_(), operator)
+def is_wanted(ctx: FunctionCtx, index: int) -> bool:
+    """Whether this run of autograd needs the gradient of the input at place `index` among those that are tensors.
+
+    `ctx.needs_input_grad` says so of any run. A gradient penalty asks for the input's gradient, and not the weights'.
+    """
+    node = ctx.next_functions[index][0]
+    return node is not None and will_be_executed(node)
 
 
 def replayed_gradients(
@@ -144,20 +152,12 @@ def replayed_gradients(
     return [next(grads) if x is not None and x.requires_grad else None for x in aliases]
 
 
-class _Refused(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, operator: str) -> Tensor:
-        ctx.operator = operator
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> Any:
-        raise RuntimeError(
-            f"razor: the gradient of {ctx.operator} is asked for a derivative of its own (create_graph=True), which it "
-            "has not got, as it was computed from a packed activation. Compute what is differentiated twice inside of "
-            "`model.disable_razor()`, or leave the layers on its way out by `exclude_modules`; with "
-            '`RazorConfig.preset("lossless")` most operators support it'
-        )
+def _refuse(what: str) -> NoReturn:
+    raise RuntimeError(
+        f"razor: {what} is asked for a gradient that can be differentiated again (create_graph=True), and has none. "
+        "Run the forward of what is differentiated twice inside of `model.disable_razor()`, or leave these layers out "
+        'by `exclude_modules`; with `RazorConfig.preset("lossless")` most operators support it'
+    )
 
 
 def _name(backward: Backward) -> str:

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.function import FunctionCtx
 
 from ..packing import Layout, Packed, PackSpec, fast_with_integers, weight_gradient
-from .differentiation import restored, saved_parts, twice_differentiable
+from .differentiation import is_wanted, restored, saved_parts, twice_differentiable
 from .layouts import ColumnAffineLayout
 from .precision import accumulate_dtype, compute_dtype
 from .sharing import pack_shared
@@ -80,8 +80,9 @@ class _Linear(torch.autograd.Function):
             compute = weight.to(grad_output.dtype)
             grad_input = grad_rows @ (compute.t() if ctx.transposed else compute)
             grad_input = grad_input.view(ctx.input_shape).to(ctx.input_dtype)
-        if ctx.needs_input_grad[1]:
-            if torch.is_grad_enabled():
+        again = torch.is_grad_enabled()
+        if ctx.needs_input_grad[1] and (not again or is_wanted(ctx, 1)):
+            if again:
                 x = restored(ctx.layout, parts, grad_rows.dtype, constant=not ctx.needs_input_grad[0])
                 rows = x.reshape(-1, x.shape[-1])
                 grad_weight = rows.t() @ grad_rows if ctx.transposed else grad_rows.t() @ rows

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from ..packing import Layout, Packed, PackSpec
-from .differentiation import restored, saved_parts, twice_differentiable
+from .differentiation import is_wanted, restored, saved_parts, twice_differentiable
 from .layouts import ProductLayout
 from .sharing import note_origin, pack_shared
 
@@ -42,8 +42,10 @@ class _Product(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: checkpointing unpacks each of them a single time
         left, right = saved[: ctx.left_parts], saved[ctx.left_parts :]
         needs_x, needs_y = ctx.needs_input_grad[:2]
-        grad_x = _times(grad_output, ctx.right, right, constant=not needs_y) if needs_x else None
-        grad_y = _times(grad_output, ctx.left, left, constant=not needs_x) if needs_y else None
+        if torch.is_grad_enabled():
+            needs_x, needs_y = needs_x and is_wanted(ctx, 0), needs_y and is_wanted(ctx, 1)
+        grad_x = _times(grad_output, ctx.right, right, constant=not ctx.needs_input_grad[1]) if needs_x else None
+        grad_y = _times(grad_output, ctx.left, left, constant=not ctx.needs_input_grad[0]) if needs_y else None
         return grad_x, grad_y, None, None
 
 

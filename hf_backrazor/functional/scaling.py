@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from ..packing import Packed, PackSpec
-from .differentiation import restored, saved_parts, twice_differentiable
+from .differentiation import is_wanted, restored, saved_parts, twice_differentiable
 from .precision import accumulate_dtype
 from .sharing import pack_shared
 
@@ -46,8 +46,9 @@ class _Scaling(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = (grad_output * scale).to(ctx.input_dtype)
         if ctx.needs_input_grad[1] and torch.is_grad_enabled():
-            x = restored(ctx.layout, parts, grad_output.dtype, constant=not ctx.needs_input_grad[0])
-            grad_scale = (grad_output * x).sum_to_size(scale.shape).to(scale.dtype)
+            if is_wanted(ctx, 1):
+                x = restored(ctx.layout, parts, grad_output.dtype, constant=not ctx.needs_input_grad[0])
+                grad_scale = (grad_output * x).sum_to_size(scale.shape).to(scale.dtype)
         elif ctx.needs_input_grad[1]:
             grad_rows = grad_output.reshape(ctx.layout.matrix)
             dtype = accumulate_dtype(grad_rows)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -26,7 +27,7 @@ from ..functional.activation import (
     cell_tables,
     leaky_relu,
 )
-from .base import RazorModule, activation_bits
+from .base import RazorModule, activation_bits, stand_in
 
 # Class -> what is known of its derivative (or how to find that for an instance). None: autograd finds it from the
 # input, kept in half precision.
@@ -89,14 +90,19 @@ class RazorActivation(RazorModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """As the plain module; saves `input`, in few bits or as it is."""
-        parameters = tuple(self.parameters())
+        parameters = dict(self.named_parameters())
         # Parametrized ones would be computed again in backward.
-        active = self.razor_active(input, *parameters) and self.worth_packing(input) and not is_parametrized(self)
+        active = (
+            self.razor_active(input, *parameters.values()) and self.worth_packing(input) and not is_parametrized(self)
+        )
         inplace = getattr(self, "inplace", False)
         if not active or (inplace and input._is_view()):  # see `RazorDropout`
             return super().forward(input)
         bits = activation_bits(self.razor_config, input)
-        return activation(input, super().forward, self.rule, bits, parameters, inplace)
+        if not parameters:
+            return activation(input, super().forward, self.rule, bits, inplace=inplace)
+        forward = partial(_forward_with, self, tuple(parameters))
+        return activation(input, forward, None, bits, tuple(parameters.values()), inplace)
 
     def razor_repr(self) -> str:
         """See `RazorModule.razor_repr`."""
@@ -106,3 +112,8 @@ class RazorActivation(RazorModule):
         if rule is not None and bits <= 8:
             return f"razor=input in {bits} bits"
         return f"razor=input in {max(bits, 16)} bits"
+
+
+def _forward_with(module: RazorActivation, names: Sequence[str], x: Tensor, *parameters: Tensor) -> Tensor:
+    """The plain module's forward, with these tensors for its parameters."""
+    return module.plain_class.forward(stand_in(module, dict(zip(names, parameters, strict=True))), x)

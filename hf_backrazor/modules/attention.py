@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from transformers.utils import logging
 from ..config import RazorConfig
 from ..functional import recomputed_attention, sparse_attention
 from ..packing import PackSpec
-from .base import RazorModule, describe, forward_source, input_spec
+from .base import RazorModule, describe, forward_source, input_spec, stand_in
 
 logger = logging.get_logger(__name__)
 
@@ -111,7 +111,7 @@ def razor_attention_forward(
         )
     config: RazorConfig = module.razor_config
     # Such as the sinks that GPT-OSS's eager attention reads from its module.
-    parameters = tuple(module.parameters(recurse=False))
+    parameters = dict(module.named_parameters(recurse=False))
     if config.attention == "sparse" and (reason := _beyond_sparse(module, kwargs, attention_mask, parameters)):
         logger.warning_once(
             f"{type(module).__name__}: attention='sparse' does not know {reason}; probabilities are recomputed from "
@@ -123,12 +123,12 @@ def razor_attention_forward(
     # Tensors among the arguments go through autograd by themselves. `attend` lives as long as the graph does, and must
     # hold none of them: a mask that it held would stay whole, beside the packed one.
     leaves, tree = tree_flatten((attention_mask, kwargs))
-    others = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    others = [*parameters.values(), *(leaf for leaf in leaves if isinstance(leaf, Tensor))]
     bound = [_PLACE if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    attend = partial(_attend, function, module, bound, tree)
+    attend = partial(_attend, function, module, tuple(parameters), bound, tree)
     spec = input_spec(config) if config.attention == "sparse" else _qkv_spec(config)
     random = bool(kwargs.get("dropout"))
-    return recomputed_attention(attend, query, key, value, others, spec, random, parameters), None
+    return recomputed_attention(attend, query, key, value, others, spec, random), None
 
 
 _PLACE = object()
@@ -136,7 +136,8 @@ _PLACE = object()
 
 def _attend(
     function: Callable,
-    module: nn.Module,
+    module: RazorAttention,
+    parameters: Sequence[str],
     bound: list[Any],
     tree: TreeSpec,
     query: Tensor,
@@ -144,15 +145,15 @@ def _attend(
     value: Tensor,
     *others: Tensor,
 ) -> Tensor:
-    """Attention's output, with `others` for mask and named arguments wherever `bound` leaves a place for a tensor."""
+    """Attention's output.
+
+    `others` are the module's own parameters, then mask and named arguments, wherever `bound` leaves a place for one.
+    """
     tensors = iter(others)
-    mask, named = tree_unflatten([next(tensors) if leaf is _PLACE else leaf for leaf in bound], tree)
     # Eager attention drops if its module is in training; the module may have left that before backward.
-    training, module.training = module.training, True
-    try:
-        return function(module, query, key, value, mask, **named)[0]
-    finally:
-        module.training = training
+    plain = stand_in(module, {name: next(tensors) for name in parameters})
+    mask, named = tree_unflatten([next(tensors) if leaf is _PLACE else leaf for leaf in bound], tree)
+    return function(plain, query, key, value, mask, **named)[0]
 
 
 def _sparse(
@@ -201,7 +202,7 @@ def _add_position_bias(bias: Tensor | None, mask: Tensor | None) -> Tensor | Non
 
 
 def _beyond_sparse(
-    module: nn.Module, kwargs: dict[str, Any], attention_mask: Any, parameters: tuple[Tensor, ...]
+    module: nn.Module, kwargs: dict[str, Any], attention_mask: Any, parameters: Mapping[str, Tensor]
 ) -> str | None:
     """What changes the probabilities in a way that sparse attention does not reproduce."""
     name = module.__dict__["config"]._attn_implementation

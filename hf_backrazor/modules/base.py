@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -143,6 +143,17 @@ def _positional(function: Callable[..., Any]) -> list[str]:
     """Names of the arguments that may be given by position, but for `self`."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return [name for name, each in inspect.signature(function).parameters.items() if each.kind in kinds][1:]
+
+
+def stand_in(module: RazorModule, parameters: Mapping[str, Tensor]) -> nn.Module:
+    """A plain module in training with the attributes of `module`, and these tensors for its own parameters.
+
+    What a backward computes again is to read the tensors that autograd saved: the module may hold others by then, as
+    after `torch.func.functional_call`.
+    """
+    plain = module.plain_class.__new__(module.plain_class)
+    plain.__dict__ = {**module.__dict__, "_parameters": dict(parameters), "training": True}
+    return plain
 
 
 def input_spec(config: RazorConfig, row_dims: int = 1) -> PackSpec:
