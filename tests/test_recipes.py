@@ -8,6 +8,8 @@ import json
 import os
 import random
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -699,6 +701,131 @@ def test_a_run_that_cannot_be_saved_leaves_the_one_before(recipe_modules, tmp_pa
         save_run(str(tmp_path), {"accuracy": 0.2}, fail)
     assert {file.name for file in tmp_path.iterdir()} == {"weights", "metrics.json"}
     assert (tmp_path / "weights").read_text() == "first"
+
+
+def killed(work, at: int) -> bool:
+    """Whether SIGKILL struck: a forked process does `work` up to its `at`-th operation on files."""
+    child = os.fork()
+    if child == 0:
+        left = at
+
+        def kill(event: str, _: object) -> None:
+            nonlocal left
+            if event.partition(".")[0] in ("open", "os", "shutil", "fcntl", "tempfile", "test"):
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        code = 1
+        try:
+            sys.addaudithook(kill)
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL)
+    return status != 0
+
+
+RUN_FILES = {
+    "first": {"weights", "razor_config.json", "inner/weights", "metrics.json"},
+    "second": {"weights", "tokenizer.json", "other/weights", "metrics.json"},
+}
+
+
+def save_as(folder: Path, run: str) -> None:
+    from run_folder import save_run
+
+    def save(stage: str) -> None:
+        for name in sorted(RUN_FILES[run] - {"metrics.json"}):
+            Path(stage, name).parent.mkdir(exist_ok=True)
+            with Path(stage, name).open("w") as file:
+                file.write(run[:3])
+                file.flush()
+                sys.audit("test.half_written")
+                file.write(run[3:])
+
+    save_run(str(folder), {"run": run}, save)
+
+
+def run_in(folder: Path) -> str:
+    """The run that `folder` holds whole, beside somebody's notes, and nothing else."""
+    run = json.loads((folder / "metrics.json").read_text())["run"]
+    contents = {
+        file.relative_to(folder).as_posix(): file.read_text() for file in folder.rglob("*") if file.is_file()
+    }
+    assert contents.pop("notes.txt") == "mine"
+    assert set(contents) == RUN_FILES[run]
+    assert {text for name, text in contents.items() if name != "metrics.json"} == {run}
+    return run
+
+
+def test_whenever_saving_is_killed_one_run_is_whole_and_found(recipe_modules, tmp_path):
+    from run_folder import check_run_folder, finish_saving
+
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    (earlier / "notes.txt").write_text("mine")
+    save_as(earlier, "first")
+    found, folders, nothing_removed = [], [], 0
+    for at in itertools.count(1):
+        folder = tmp_path / f"killed-{at}" / "run"
+        shutil.copytree(earlier, folder)
+        ended = not killed(lambda folder=folder: save_as(folder, "second"), at)
+        folders.append(shutil.copytree(folder, tmp_path / f"copy-{at}"))
+        nothing_removed += (folder / "metrics.json").exists()
+        check_run_folder(str(folder), overwrite=True)
+        found.append(run_in(folder))
+        if ended:
+            break
+        # As when the next run is not looked after: it comes first to its own save.
+        save_as(folders[-1], "first")
+        assert run_in(folders[-1]) == "first"
+    assert len(found) > 40
+    assert 5 < nothing_removed < len(found)
+    # From one operation on the new run counts, and not before.
+    assert found == sorted(found)
+    assert set(found) == {"first", "second"}
+
+    # Whoever finishes what was left may be killed as well, again and again.
+    folder = tmp_path / "again"
+    shutil.copytree(earlier, folder)
+    assert killed(lambda: save_as(folder, "second"), found.index("second") + 1)
+    for at in itertools.count(1):
+        if not killed(lambda: finish_saving(str(folder)), at):
+            break
+        copy = shutil.copytree(folder, tmp_path / f"again-{at}")
+        finish_saving(str(copy))
+        assert run_in(copy) == "second"
+    assert at > 10
+    assert run_in(folder) == "second"
+
+
+def test_a_run_that_is_being_saved_is_left_alone(recipe_modules, tmp_path):
+    from run_folder import check_run_folder, save_run
+
+    (tmp_path / "notes.txt").write_text("mine")
+    saving, go_on = os.pipe(), os.pipe()
+
+    def save(stage: str) -> None:
+        for name in RUN_FILES["first"] - {"metrics.json"}:
+            Path(stage, name).parent.mkdir(exist_ok=True)
+            Path(stage, name).write_text("first")
+        os.write(saving[1], b"!")
+        os.read(go_on[0], 1)
+
+    child = os.fork()
+    if child == 0:
+        try:
+            save_run(str(tmp_path), {"run": "first"}, save)
+        finally:
+            os._exit(0)
+    os.read(saving[0], 1)
+    check_run_folder(str(tmp_path), overwrite=False)
+    os.write(go_on[1], b"!")
+    os.waitpid(child, 0)
+    assert run_in(tmp_path) == "first"
 
 
 def test_docstrings_do_not_tell_their_library_and_do_not_leak(recipe_modules):
