@@ -50,6 +50,34 @@ for recipe, *arguments in json.loads(sys.argv[1]):
 print(json.dumps(ends))
 """
 
+# Runs each argument list of a JSON array as MANY_RUNS does, but in a fork that SIGKILL ends at an optimizer step, if a
+# step is given. Prints how the forks ended.
+KILLED_RUNS = """
+import json, os, runpy, signal, sys
+import datasets, evaluate, peft, sklearn.datasets, torch, transformers
+ends = []
+for kill_at, log, recipe, *arguments in json.loads(sys.argv[1]):
+    child = os.fork()
+    if child == 0:
+        sys.argv = [recipe, *arguments]
+        file = os.open(log, os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        step = torch.optim.AdamW.step
+        steps = 0
+        def counted(self, *arguments, **named):
+            global steps
+            steps += 1
+            if steps == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(self, *arguments, **named)
+        torch.optim.AdamW.step = counted
+        runpy.run_path(recipe, run_name="__main__")
+        os._exit(0)
+    ends.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(ends))
+"""
+
 
 # What is trained -> the score that shows how well.
 SCORES = {
@@ -455,6 +483,65 @@ def test_adapters_load_into_the_base_model(trained, recipe_modules, name):
     assert weights["adapter_model.safetensors"] < 0.1 * (run_folder / "base_model" / "model.safetensors").stat().st_size
 
 
+# A recipe's first step of its own, after those of vision_lora's pretraining.
+KILLED_AT = 6
+
+
+@pytest.fixture(scope="module")
+def resumed(environment, csv_folder, json_folder, map_folder, tmp_path_factory) -> tuple[Path, dict[str, list[int]]]:
+    """A folder with two folders for each recipe: a run that was killed and gone on with, and one that was neither.
+
+    And how the killed run, the one that went on, and the whole one ended.
+    """
+    folder = tmp_path_factory.mktemp("resumed")
+    masked = ["--objective", "masked", "--max_length", "32", "--max_eval_examples", "5", "--batch_size", "2"]
+    runs = {
+        "text": ["text_classification", *of_csv(csv_folder), "--preset", "fast"],
+        "token": ["token_classification", *of_words(json_folder), "--preset", "paper"],
+        "question": ["question_answering", *of_squad(json_folder)],
+        "image": ["image_classification", "--batch_size", "400", "--max_eval_examples", "9", "--dense"],
+        "segmentation": ["semantic_segmentation", *of_maps(map_folder), "--pictures", "0"],
+        "masked": ["language_modeling", *masked, "--gradient_accumulation_steps", "2", "--preset", "fast"],
+        "lora": ["vision_lora", "--pretraining_epochs", "1", "--max_eval_examples", "9", "--lora_dropout", "0.1"],
+    }
+    forks = []
+    for name, (recipe, *arguments) in runs.items():
+        size = [] if "--batch_size" in arguments else ["--batch_size", "4" if name != "lora" else "200"]
+        command = [str(RECIPES / f"{recipe}.py"), *arguments, *size, "--max_steps", "7", "--threads", "1"]
+        before = -(-(742 // 16)) if name == "lora" else 0
+        killed = [*command, "--output_dir", str(folder / f"{name}_killed"), "--checkpointing_steps", "2"]
+        killed += ["--checkpoints_total_limit", "1"]
+        forks += [
+            [before + KILLED_AT, str(folder / f"{name}-0.log"), *killed],
+            [None, str(folder / f"{name}-1.log"), *killed, "--resume_from_checkpoint"],
+            [None, str(folder / f"{name}-2.log"), *command, "--output_dir", str(folder / f"{name}_whole")],
+        ]
+    done = run({**environment, "TOKENIZERS_PARALLELISM": "false"}, "-c", KILLED_RUNS, json.dumps(forks))
+    assert done.returncode == 0, done.stderr
+    ends = json.loads(done.stdout.splitlines()[-1])
+    return folder, {name: ends[3 * number : 3 * number + 3] for number, name in enumerate(runs)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["text", "token", "question", "image", "segmentation", "masked", "lora"])
+def test_a_killed_run_goes_on_to_the_same_weights(resumed, name):
+    folder, ends = resumed
+    logs = [(folder / f"{name}-{number}.log").read_text()[-2000:] for number in range(3)]
+    assert ends[name] == [-signal.SIGKILL, 0, 0], "\n".join(logs)
+    assert " 57%" in logs[1]  # from step 4 of 7
+    killed, whole = folder / f"{name}_killed", folder / f"{name}_whole"
+    metrics, expected = (json.loads((place / "metrics.json").read_text()) for place in (killed, whole))
+    for key in ("step_losses", "history", "files"):
+        assert metrics[key] == expected[key]
+    assert len(metrics["memory_mib"]["step_peaks"]) == len(expected["memory_mib"]["step_peaks"])
+    weights = [file for file in expected["files"] if file.endswith(".safetensors")]
+    assert weights
+    for file in weights:
+        assert (killed / file).read_bytes() == (whole / file).read_bytes()
+    assert [path.name for path in (killed / "checkpoints").iterdir()] == ["step_6"]
+    assert not (whole / "checkpoints").exists()
+
+
 @pytest.mark.slow
 def test_adapters_alone_save_most_of_what_full_fine_tuning_does(trained):
     saved = json.loads((trained[0] / "lora_razor" / "metrics.json").read_text())["saved_bytes"]
@@ -703,8 +790,8 @@ def test_a_run_that_cannot_be_saved_leaves_the_one_before(recipe_modules, tmp_pa
     assert (tmp_path / "weights").read_text() == "first"
 
 
-def killed(work, at: int) -> bool:
-    """Whether SIGKILL struck: a forked process does `work` up to its `at`-th operation on files."""
+def killed(work, at: int, prepare=tuple) -> bool:
+    """Whether SIGKILL struck: a forked process prepares, and does `work` up to its `at`-th operation on files."""
     child = os.fork()
     if child == 0:
         left = at
@@ -718,8 +805,9 @@ def killed(work, at: int) -> bool:
 
         code = 1
         try:
+            prepared = prepare()
             sys.addaudithook(kill)
-            work()
+            work(*prepared)
             code = 0
         finally:
             os._exit(code)
@@ -752,9 +840,7 @@ def save_as(folder: Path, run: str) -> None:
 def run_in(folder: Path) -> str:
     """The run that `folder` holds whole, beside somebody's notes, and nothing else."""
     run = json.loads((folder / "metrics.json").read_text())["run"]
-    contents = {
-        file.relative_to(folder).as_posix(): file.read_text() for file in folder.rglob("*") if file.is_file()
-    }
+    contents = {file.relative_to(folder).as_posix(): file.read_text() for file in folder.rglob("*") if file.is_file()}
     assert contents.pop("notes.txt") == "mine"
     assert set(contents) == RUN_FILES[run]
     assert {text for name, text in contents.items() if name != "metrics.json"} == {run}
@@ -826,6 +912,67 @@ def test_a_run_that_is_being_saved_is_left_alone(recipe_modules, tmp_path):
     os.write(go_on[1], b"!")
     os.waitpid(child, 0)
     assert run_in(tmp_path) == "first"
+
+
+def checkpointed() -> tuple:
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    accelerator = Accelerator(cpu=True, project_config=ProjectConfiguration(total_limit=1))
+    model = torch.nn.Linear(2, 2)
+    accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    return (accelerator,)
+
+
+def test_whenever_a_checkpoint_is_killed_the_last_one_is_whole(recipe_modules, tmp_path):
+    from checkpoints import LAST, chosen_checkpoint, save_checkpoint
+
+    def save(folder: Path, step: int, at: int = -1) -> bool:
+        return killed(lambda accelerator: save_checkpoint(accelerator, str(folder), step), at, checkpointed)
+
+    save(tmp_path / "earlier", 2)
+    files = sorted(file.name for file in (tmp_path / "earlier" / "checkpoints" / "step_2").iterdir())
+    assert files == ["model.safetensors", "optimizer.bin", "random_states_0.pkl"]
+    found = []
+    for at in itertools.count(1):
+        folder = shutil.copytree(tmp_path / "earlier", tmp_path / f"killed-{at}")
+        ended = not save(folder, 4, at)
+        last = chosen_checkpoint(str(folder), LAST, overwrite=False)
+        assert sorted(file.name for file in last.iterdir()) == files
+        for file in last.glob("*.bin"):
+            assert torch.load(file)["param_groups"]
+        found.append(last.name)
+        save(folder, 6)
+        assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_6"]
+        if ended:
+            break
+    assert len(found) > 20
+    assert found == sorted(found)
+    assert set(found) == {"step_2", "step_4"}
+
+
+def test_checkpoints_of_another_run_are_not_gone_on_from_by_mistake(recipe_modules, tmp_path, capsys):
+    from checkpoints import LAST, Progress, chosen_checkpoint
+
+    folder = str(tmp_path)
+    assert chosen_checkpoint(folder, LAST, overwrite=False) is None
+    for step in (9, 10):
+        (tmp_path / "checkpoints" / f"step_{step}").mkdir(parents=True)
+    (tmp_path / "checkpoints" / ".unfinished-step_11").mkdir()
+    earlier = tmp_path / "checkpoints" / "step_9"
+    assert chosen_checkpoint(folder, LAST, overwrite=False).name == "step_10"
+    assert chosen_checkpoint(folder, str(earlier), overwrite=True) == earlier
+    assert chosen_checkpoint(folder, None, overwrite=True) is None
+    for resume_from, words in (
+        (None, "step_10: go on from it with --resume_from_checkpoint"),
+        (str(earlier), "step_10: go on from it with --resume_from_checkpoint"),
+        (folder, "is no checkpoint"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            chosen_checkpoint(folder, resume_from, overwrite=False)
+        assert words in capsys.readouterr().err
+    with pytest.raises(ValueError, match="run of 6 batches per epoch, and this one is of 12"):
+        Progress(8, 12, 1).load_state_dict(Progress(8, 6, 1).state_dict())
 
 
 def test_docstrings_do_not_tell_their_library_and_do_not_leak(recipe_modules):
