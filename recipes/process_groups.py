@@ -9,6 +9,11 @@ from contextlib import contextmanager
 
 import torch
 
+# Before there is a process group: it is the default argument of this module's functions, if it exists by then, and so
+# would live as long as the interpreter. DistributedDataParallel imports the module otherwise.
+if torch.distributed.is_available():
+    import torch.distributed.nn.functional
+
 
 @contextmanager
 def process_group_outlives_models() -> Iterator[None]:
@@ -17,7 +22,8 @@ def process_group_outlives_models() -> Iterator[None]:
     Ended by `accelerator.end_training()` inside of `main`, the group would live on in the models that
     DistributedDataParallel wraps, and be destroyed with the last of them by a thread that holds Python's lock and waits
     for gloo's threads. If one of these is just dropping the tensors of the last collective, it waits for Python's lock,
-    and the process never ends (seen in rank 1 of 2, whose last work is to gather predictions).
+    and the process never ends (seen with torch 2.13 in rank 1 of 2, whose last work is to gather predictions). Here
+    the last reference is torch.distributed's own, which is dropped without Python's lock.
     """
     try:
         yield

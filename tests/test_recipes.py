@@ -212,9 +212,9 @@ def map_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(environment: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
+def run(environment: dict[str, str], *command: str, timeout: int = 300) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *command], env=environment, cwd=RECIPES, capture_output=True, text=True, timeout=300
+        [sys.executable, *command], env=environment, cwd=RECIPES, capture_output=True, text=True, timeout=timeout
     )
 
 
@@ -506,7 +506,8 @@ def resumed(
     And how the killed run, the one that went on, and the whole one ended.
     """
     folder = tmp_path_factory.mktemp("resumed")
-    masked = ["--objective", "masked", "--max_length", "32", "--batch_size", "2", "--gradient_accumulation_steps", "2"]
+    text = ["--dataset", str(json_folder / "squad.jsonl"), "--text_column", "context", "--max_length", "32"]
+    masked = ["--objective", "masked", *text, "--batch_size", "2", "--gradient_accumulation_steps", "2"]
     runs = {
         "text": ["text_classification", *tiny_bert, *of_csv(csv_folder), "--batch_size", "4", "--preset", "fast"],
         "token": ["token_classification", *tiny_bert, *of_words(json_folder), "--batch_size", "5", "--preset", "paper"],
@@ -528,7 +529,7 @@ def resumed(
             [None, str(folder / f"{name}-1.log"), *killed, "--resume_from_checkpoint"],
             [None, str(folder / f"{name}-2.log"), *command, "--output_dir", str(folder / f"{name}_whole")],
         ]
-    done = run({**environment, "TOKENIZERS_PARALLELISM": "false"}, "-c", KILLED_RUNS, json.dumps(forks))
+    done = run({**environment, "TOKENIZERS_PARALLELISM": "false"}, "-c", KILLED_RUNS, json.dumps(forks), timeout=900)
     assert done.returncode == 0, done.stderr
     ends = json.loads(done.stdout.splitlines()[-1])
     return folder, {name: ends[3 * number : 3 * number + 3] for number, name in enumerate(runs)}
