@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -986,6 +988,34 @@ def test_checkpoints_of_another_run_are_not_gone_on_from_by_mistake(recipe_modul
         assert words in capsys.readouterr().err
     with pytest.raises(ValueError, match="run of 6 batches per epoch, and this one is of 12"):
         Progress(8, 12, 1).load_state_dict(Progress(8, 6, 1).state_dict())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_process_group_ends_when_its_models_are_gone(recipe_modules, tmp_path, monkeypatch, fails):
+    from process_groups import process_group_outlives_models
+    from torch import distributed
+
+    models, gone = [], []
+
+    @process_group_outlives_models()
+    def main() -> None:
+        distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+        model.itself = [model]  # as prepared models are in cycles
+        models.append(weakref.ref(model))
+        model(torch.ones(1, 2)).sum().backward()
+        if fails:
+            raise ValueError("in training")
+
+    destroy = distributed.destroy_process_group
+    monkeypatch.setattr(distributed, "destroy_process_group", lambda: (gone.append(models[0]() is None), destroy()))
+    with pytest.raises(ValueError, match="in training") if fails else contextlib.nullcontext():
+        main()
+    assert gone == [True]
+    tasks = Path("/proc/self/task")
+    # Whoever else held the group would have kept its threads.
+    names = [task.joinpath("comm").read_text() for task in tasks.iterdir()] if tasks.exists() else []
+    assert not [name for name in names if "gloo" in name]
 
 
 def test_docstrings_do_not_tell_their_library_and_do_not_leak(recipe_modules):
