@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import NoReturn
 
+from checkpoints import LAST
 from hf_backrazor import RazorConfig
 from hf_backrazor.config import PRESETS
 from one_line_errors import stop, stop_on_error
@@ -86,6 +87,15 @@ def add_shared_arguments(
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", default=output_dir)
     output.add_argument("--overwrite_output_dir", action="store_true", help="replace a finished run")
+    output.add_argument("--checkpointing_steps", type=count, help="write a checkpoint every so many optimizer steps")
+    output.add_argument("--checkpoints_total_limit", type=count, help="keep this many checkpoints (default: all)")
+    output.add_argument(
+        "--resume_from_checkpoint",
+        nargs="?",
+        const=LAST,
+        metavar="CHECKPOINT",
+        help="go on from this folder or, without a name or as `last`, from the last checkpoint in --output_dir",
+    )
     output.add_argument("--plot", action="store_true", help="also draw loss and memory of every step: training.png")
 
 

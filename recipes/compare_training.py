@@ -24,6 +24,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from run_folder import finish_saving
+
 VARIANTS = {
     "dense": ["--dense"],
     "paper 0.7": ["--preset", "paper", "--sparsity", "0.7"],
@@ -52,6 +54,7 @@ def parse_arguments() -> argparse.Namespace:
 def train(args: argparse.Namespace, variant: str, seed: int) -> dict:
     """Run the recipe, unless that was done already, and return its metrics."""
     folder = args.output_dir / f"{variant.replace(' ', '-')}-seed-{seed}"
+    finish_saving(str(folder))
     finished = folder / "metrics.json"
     if not finished.exists():
         threads = max(1, (os.cpu_count() or 1) // args.parallel)

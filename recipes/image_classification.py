@@ -21,7 +21,7 @@ import evaluate
 import torch
 import transformers
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import set_seed
+from accelerate.utils import ProjectConfiguration, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
@@ -33,6 +33,7 @@ from transformers import (
 from transformers.utils import is_vision_available
 
 from arguments import OneLineParser, add_shared_arguments, count, razor_config
+from checkpoints import Progress, batches_left, begin, chosen_checkpoint, save_checkpoint
 from chosen_dataset import at_most, load_splits, require_column, require_images, with_class_labels
 from cpu_threads import use_cpu_threads
 from hf_backrazor import get_razor_model, measure_saved_bytes
@@ -40,6 +41,7 @@ from image_pixels import PlainImageProcessor, as_pil_image
 from offline_data import handwritten_digits, small_vit_config
 from one_line_errors import stop, stop_on_error
 from peak_memory import StepPeaks
+from process_groups import process_group_outlives_models
 from run_folder import (
     check_run_folder,
     closing_table,
@@ -63,9 +65,11 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@process_group_outlives_models()
 def main() -> None:
     args = parse_arguments()
     check_run_folder(args.output_dir, args.overwrite_output_dir)
+    checkpoint = chosen_checkpoint(args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
     check_plot(args.plot)
     config = razor_config(args)
 
@@ -75,6 +79,7 @@ def main() -> None:
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             # The seed alone orders the batches, so that razor and dense runs see the same ones.
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+            project_config=ProjectConfiguration(total_limit=args.checkpoints_total_limit),
         )
     use_cpu_threads(accelerator, args.threads)
     hide_progress = not accelerator.is_local_main_process
@@ -132,7 +137,10 @@ def main() -> None:
     train_set = train_rows.with_transform(read_images)
     eval_set = eval_rows.with_transform(read_images)
     collate = default_data_collator
-    train_loader = DataLoader(train_set, batch_size=args.batch_size, shuffle=True, collate_fn=collate)
+    # Its own generator, so that an epoch that is gone on with leaves the random numbers of training alone.
+    train_loader = DataLoader(
+        train_set, batch_size=args.batch_size, shuffle=True, collate_fn=collate, generator=torch.Generator()
+    )
     eval_loader = DataLoader(eval_set, batch_size=args.eval_batch_size, collate_fn=collate)
 
     # The razor is one call. The report comes before accelerator.prepare, which may wrap the model.
@@ -172,18 +180,17 @@ def main() -> None:
     # Each process draws its own dropout.
     set_seed(args.seed, device_specific=True)
 
-    history: list[dict[str, float]] = []
-    step_seconds: list[float] = []
-    step_losses: list[float] = []
+    # Checkpoints hold these beside the weights, the optimizer and the random states.
+    done = Progress(total_steps, len(train_loader), accelerator.num_processes)
     memory = StepPeaks(accelerator.device)
-    progress = tqdm(total=total_steps, desc="training", disable=hide_progress)
-    started = time.perf_counter()
-    while len(step_seconds) < total_steps:
+    accelerator.register_for_checkpointing(schedule, done, memory)
+    begin(accelerator, args.output_dir, checkpoint)
+    progress = tqdm(total=total_steps, initial=done.steps, desc="training", disable=hide_progress)
+    while not done.finished:
         model.train()
-        losses: list[float] = []
         step_started = time.perf_counter()
         memory.start_step()
-        for batch in train_loader:
+        for batch in batches_left(accelerator, train_loader, done):
             with accelerator.accumulate(model):
                 loss = model(**batch).loss
                 accelerator.backward(loss)
@@ -192,17 +199,20 @@ def main() -> None:
                 optimizer.step()
                 optimizer.zero_grad()
             # item() waits for the device, so the clock below stops when the work does.
-            losses.append(loss.item())
+            done.losses.append(loss.item())
             if accelerator.sync_gradients:
                 if not accelerator.optimizer_step_was_skipped:
                     schedule.step()
-                step_seconds.append(time.perf_counter() - step_started)
+                done.step_seconds.append(time.perf_counter() - step_started)
                 memory.end_step()
-                step_started = time.perf_counter()
-                step_losses.append(losses[-1])
+                done.step_losses.append(done.losses[-1])
                 progress.update()
-                progress.set_postfix(loss=f"{losses[-1]:.3f}")
-            if len(step_seconds) == total_steps:
+                progress.set_postfix(loss=f"{done.losses[-1]:.3f}")
+                if args.checkpointing_steps and done.steps % args.checkpointing_steps == 0:
+                    save_checkpoint(accelerator, args.output_dir, done.steps)
+                    memory.start_step()
+                step_started = time.perf_counter()
+            if done.steps == total_steps:
                 break
 
         model.eval()
@@ -214,13 +224,13 @@ def main() -> None:
             predictions, labels = accelerator.gather_for_metrics((predictions, labels))
             metric.add_batch(predictions=predictions, references=labels)
         scores = metric.compute()
-        history.append({"step": len(step_seconds), "train_loss": sum(losses) / len(losses), **scores})
+        done.end_epoch(scores)
     progress.close()
-    train_seconds = time.perf_counter() - started
+    train_seconds = done.seconds_so_far()
 
     if accelerator.is_main_process:
         saved_bytes = saved_bytes_summary(dense_bytes, razor_bytes)
-        step = median_step_seconds(step_seconds)
+        step = median_step_seconds(done.step_seconds)
         metrics = {
             **scores,
             "saved_bytes": saved_bytes,
@@ -229,8 +239,8 @@ def main() -> None:
             "train_seconds": train_seconds,
             "steps": total_steps,
             "processes": accelerator.num_processes,
-            "history": history,
-            "step_losses": step_losses,
+            "history": done.history,
+            "step_losses": done.step_losses,
             "arguments": vars(args),
             "versions": library_versions(),
         }
@@ -242,7 +252,6 @@ def main() -> None:
         save_run(args.output_dir, metrics, *savers)
         print(closing_table(scores, saved_bytes, step))
         print(f"saved to {args.output_dir}")
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -74,6 +74,14 @@ class StepPeaks:
             self.peaks.append(_peak(self.device))
             _forget_peak(self.device)
 
+    def state_dict(self) -> dict[str, list[float]]:
+        """The peaks, for a checkpoint."""
+        return {"peaks": self.peaks}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        """Go on after the peaks of a checkpoint."""
+        self.peaks = state["peaks"]
+
     def summary(self) -> dict[str, str | float | list[float] | None]:
         """The memory part of metrics.json, in MiB; `of` says whose memory it is."""
         return {

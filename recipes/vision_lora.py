@@ -26,7 +26,7 @@ import evaluate
 import torch
 import transformers
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import set_seed
+from accelerate.utils import ProjectConfiguration, set_seed
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -39,6 +39,7 @@ from transformers import (
 from transformers.utils import is_vision_available
 
 from arguments import OneLineParser, add_shared_arguments, count, fraction, razor_config
+from checkpoints import Progress, batches_left, begin, chosen_checkpoint, save_checkpoint
 from chosen_dataset import at_most, load_splits, require_column, require_images, with_class_labels
 from cpu_threads import use_cpu_threads
 from hf_backrazor import get_razor_model, measure_saved_bytes
@@ -47,6 +48,7 @@ from offline_data import handwritten_digits
 from one_line_errors import stop, stop_on_error
 from peak_memory import StepPeaks
 from pretrained_on_digits import CHANNELS, IMAGE_SIZE, NEW, vit_that_knows_half
+from process_groups import process_group_outlives_models
 from run_folder import (
     check_run_folder,
     closing_table,
@@ -77,9 +79,11 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@process_group_outlives_models()
 def main() -> None:
     args = parse_arguments()
     check_run_folder(args.output_dir, args.overwrite_output_dir)
+    checkpoint = chosen_checkpoint(args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
     check_plot(args.plot)
     config = razor_config(args)
     if args.model is None and args.dataset is not None:
@@ -91,6 +95,7 @@ def main() -> None:
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             # The seed alone orders the batches, so that razor and dense runs see the same ones.
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+            project_config=ProjectConfiguration(total_limit=args.checkpoints_total_limit),
         )
     use_cpu_threads(accelerator, args.threads)
     hide_progress = not accelerator.is_local_main_process
@@ -144,7 +149,10 @@ def main() -> None:
     train_set = train_rows.with_transform(read_images)
     eval_set = eval_rows.with_transform(read_images)
     collate = default_data_collator
-    train_loader = DataLoader(train_set, batch_size=args.batch_size, shuffle=True, collate_fn=collate)
+    # Its own generator, so that an epoch that is gone on with leaves the random numbers of training alone.
+    train_loader = DataLoader(
+        train_set, batch_size=args.batch_size, shuffle=True, collate_fn=collate, generator=torch.Generator()
+    )
     eval_loader = DataLoader(eval_set, batch_size=args.eval_batch_size, collate_fn=collate)
 
     model.to(accelerator.device)
@@ -201,18 +209,19 @@ def main() -> None:
     # Each process draws its own dropout.
     set_seed(args.seed, device_specific=True)
 
-    history: list[dict[str, float]] = []
-    step_seconds: list[float] = []
-    step_losses: list[float] = []
+    # Checkpoints hold these beside the weights, the optimizer and the random states.
+    done = Progress(total_steps, len(train_loader), accelerator.num_processes)
     memory = StepPeaks(accelerator.device)
-    progress = tqdm(total=total_steps, desc="training", disable=hide_progress)
-    started = time.perf_counter()
-    while len(step_seconds) < total_steps:
+    accelerator.register_for_checkpointing(schedule, done, memory)
+    if base_model is not None:
+        accelerator.register_for_checkpointing(base_model)
+    begin(accelerator, args.output_dir, checkpoint)
+    progress = tqdm(total=total_steps, initial=done.steps, desc="training", disable=hide_progress)
+    while not done.finished:
         model.train()
-        losses: list[float] = []
         step_started = time.perf_counter()
         memory.start_step()
-        for batch in train_loader:
+        for batch in batches_left(accelerator, train_loader, done):
             with accelerator.accumulate(model):
                 loss = model(**batch).loss
                 accelerator.backward(loss)
@@ -221,17 +230,20 @@ def main() -> None:
                 optimizer.step()
                 optimizer.zero_grad()
             # item() waits for the device, so the clock below stops when the work does.
-            losses.append(loss.item())
+            done.losses.append(loss.item())
             if accelerator.sync_gradients:
                 if not accelerator.optimizer_step_was_skipped:
                     schedule.step()
-                step_seconds.append(time.perf_counter() - step_started)
+                done.step_seconds.append(time.perf_counter() - step_started)
                 memory.end_step()
-                step_started = time.perf_counter()
-                step_losses.append(losses[-1])
+                done.step_losses.append(done.losses[-1])
                 progress.update()
-                progress.set_postfix(loss=f"{losses[-1]:.3f}")
-            if len(step_seconds) == total_steps:
+                progress.set_postfix(loss=f"{done.losses[-1]:.3f}")
+                if args.checkpointing_steps and done.steps % args.checkpointing_steps == 0:
+                    save_checkpoint(accelerator, args.output_dir, done.steps)
+                    memory.start_step()
+                step_started = time.perf_counter()
+            if done.steps == total_steps:
                 break
 
         model.eval()
@@ -243,13 +255,13 @@ def main() -> None:
             predictions, labels = accelerator.gather_for_metrics((predictions, labels))
             metric.add_batch(predictions=predictions, references=labels)
         scores = metric.compute()
-        history.append({"step": len(step_seconds), "train_loss": sum(losses) / len(losses), **scores})
+        done.end_epoch(scores)
     progress.close()
-    train_seconds = time.perf_counter() - started
+    train_seconds = done.seconds_so_far()
 
     if accelerator.is_main_process:
         saved_bytes = {"full_fine_tuning": full_bytes, **saved_bytes_summary(dense_bytes, razor_bytes)}
-        step = median_step_seconds(step_seconds)
+        step = median_step_seconds(done.step_seconds)
         metrics = {
             **scores,
             "saved_bytes": saved_bytes,
@@ -259,8 +271,8 @@ def main() -> None:
             "steps": total_steps,
             "processes": accelerator.num_processes,
             "trained_parameters": sum(parameter.numel() for parameter in trained),
-            "history": history,
-            "step_losses": step_losses,
+            "history": done.history,
+            "step_losses": done.step_losses,
             "arguments": vars(args),
             "versions": library_versions(),
         }
@@ -278,7 +290,6 @@ def main() -> None:
         save_run(args.output_dir, metrics, *savers)
         print(closing_table(scores, saved_bytes, step))
         print(f"saved to {args.output_dir}")
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from architectures import make
+from distributed_worker import run_worker
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -89,9 +89,7 @@ def main(folder: Path) -> None:
             found[f"{name}-{label}"] = case(name, settings, accelerator, folder)
             accelerator.wait_for_everyone()
     (folder / f"rank{accelerator.process_index}.json").write_text(json.dumps(found))
-    accelerator.end_training()
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    run_worker(main)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from architectures import VOCABULARY, Batch, make
 from distributed_gradients import ITEMS, four_items
+from distributed_worker import run_worker
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -233,9 +233,7 @@ def main(folder: Path) -> None:
     for name in OF_FIRST_VERSION:
         found[f"{name}, FSDP1"] = first_version(name, rank, ranks)
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
-    accelerator.end_training()
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    run_worker(main)

