@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from .modules import RazorLMHead, RazorModule
@@ -63,7 +64,9 @@ def _notice_checkpointing(model: nn.Module) -> None:
             return
 
 
-class _WeightUse(TorchDispatchMode):
+# Not a mode of the dispatcher: under one of those torch takes other paths, as in max_pool1d, whose result has other
+# strides then, so that what comes after differs in its last bit.
+class _WeightUse(TorchFunctionMode):
     """Notes trained weights of razor layers that are computed with while no module that owns them is running.
 
     Attributes:
@@ -97,11 +100,14 @@ class _WeightUse(TorchDispatchMode):
             module.register_forward_hook(lambda *_: change(-1), always_call=True),
         ]
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        for argument in args:
-            if id(argument) in self._names and not self._running[id(argument)]:
-                self.found[self._names[id(argument)]] = None
-        return func(*args, **(kwargs or {}))
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        used = [id(x) for x in (*args, *kwargs.values()) if id(x) in self._names and not self._running[id(x)]]
+        # Not where code looks at a dtype or a shape.
+        if used and any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(result)):
+            self.found |= dict.fromkeys(self._names[each] for each in used)
+        return result
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)

@@ -155,7 +155,15 @@ def test_targets_exclusions_layers_and_overrides() -> None:
 
 
 class TiedByHand(Block):
-    """Computes with a layer's weight without calling the layer."""
+    """Computes with a layer's weight without calling the layer; and asks for its dtype, as T5 does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.act(self.up(self.norm(x))).to(self.up.weight.dtype)
+        return hidden @ self.down.weight.t() + self.down.bias
+
+
+class CalledByHand(Block):
+    """As that, by a function that razor takes over."""
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.act(self.up(self.norm(x)))
@@ -173,6 +181,7 @@ def test_a_weight_used_without_its_layer_is_named() -> None:
         warnings.simplefilter("error")
         model(x)
         get_razor_model(Block())(x)
+        get_razor_model(CalledByHand())(x)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5", "albert", "bart"])
