@@ -9,14 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
 
 from .procedures import SECOND_ORDER
 from .program import SETTINGS, Program, Setting
 from .run import Apply, Run, execute, razor
+
+_SECOND_ORDER = {procedure.__name__ for procedure in SECOND_ORDER}
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,48 @@ def differences(program: Program, apply: Apply = razor) -> list[Difference]:
         return _compare_tensors(expected.tensors, actual.tensors, all_of_them=False)
     found = _compare_tensors(expected.tensors, actual.tensors)
     found += _compare_state(program, expected, actual)
-    return found + _compare_gradients(program, expected, actual)
+    found += _compare_gradients(program, expected, actual)
+    if found and "BatchNorm" in program.source() and program.procedure not in _SECOND_ORDER:
+        # Torch's own gradient is wrong for some permuted gradients of maps that are one pixel wide (2.13).
+        expected = execute(program, saving=WrittenOutBatchNorm)
+        if not _compare_gradients(program, expected, actual):
+            return []
+    return found
 
 
 def _copies() -> AbstractContextManager:
     return saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t)
+
+
+class WrittenOutBatchNorm(TorchFunctionMode):
+    """Batch normalisation in training by its formula."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.batch_norm:
+            return func(*args, **kwargs)
+        return _batch_norm(*args, **kwargs)
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    result = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if not training:
+        return result
+    dims = [d for d in range(input.dim()) if d != 1]
+    mean, var = input.mean(dims, keepdim=True), input.var(dims, unbiased=False, keepdim=True)
+    x_hat = (input - mean) / (var + eps).sqrt()
+    shape = [-1 if d == 1 else 1 for d in range(input.dim())]
+    x_hat = x_hat if weight is None else x_hat * weight.view(shape)
+    return x_hat if bias is None else x_hat + bias.view(shape)
 
 
 def _is_about_versions(error: Exception) -> bool:
@@ -99,7 +141,7 @@ def _compare_tensors(
         loss = "loss" in name  # of a language model: computed in tiles
         if one.shape != other.shape or one.dtype != other.dtype:
             return [Difference("forward", name, f"{one.shape}, {one.dtype} and {other.shape}, {other.dtype}")]
-        same = torch.allclose(one, other, 1e-5, 1e-7, equal_nan=True) if loss else _equal(one, other)
+        same = torch.allclose(one, other, 1e-5, 1e-5, equal_nan=True) if loss else _equal(one, other)
         if not same:
             return [Difference("forward", name.split(" ", 1)[1], f"by {(one - other).abs().max().item():.3g}")]
     return []
@@ -159,7 +201,7 @@ def _compare_gradients(program: Program, expected: Run, actual: Run) -> list[Dif
     if not suspects:
         return []
     movement = _movement(program, setting, expected, suspects)
-    order = " of second order" if program.procedure in {procedure.__name__ for procedure in SECOND_ORDER} else ""
+    order = " of second order" if program.procedure in _SECOND_ORDER else ""
     for name, difference in suspects.items():
         size = max(_norm(pairs[name][0]), 1e-300)
         if not difference <= setting.factor * movement[name]:
@@ -209,8 +251,7 @@ def _compare_direction(program: Program, pairs: dict[str, tuple[Tensor, Tensor]]
         return [Difference("gradient is not finite", next(iter(pairs)), "")]
     one, other = (torch.cat([pair[i].flatten().double() for pair in pairs.values()]) for i in (0, 1))
     cosine = _cosine(one, other)
-    least = 0.5 if program.setting != "paper" else 0.0
-    if cosine > least:
+    if program.setting == "paper" or cosine > 0.3:  # of tiny tensors, a fifth is next to nothing
         return []
     for run in _moved(program, SETTINGS[program.setting].noise):
         moved = run.gradients

@@ -108,7 +108,7 @@ SETTINGS = {
         " activation_bits=32)",
         tolerance=1e-5,
         noise=2.0**-24,
-        floor=1e-8,
+        floor=1e-6,
     ),
     "near": Setting(
         "RazorConfig(sparsity=0.01, residual_bits=4, norm_bits=4, qkv_bits=8, activation_bits=8)",
