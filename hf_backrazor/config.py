@@ -132,7 +132,7 @@ class RazorConfig(PushToHubMixin):
     granularity: Literal["row", "sample", "tensor"] = field(
         default="row", metadata={"help": "The set of elements that top-k runs over."}
     )
-    residual_bits: Bits = field(default=2, metadata={"help": "Bits for what top-k leaves over of a linear's input."})
+    residual_bits: Bits = field(default=3, metadata={"help": "Bits for what top-k leaves over of a linear's input."})
     norm: Literal["x_hat", "input"] = field(
         default="x_hat", metadata={"help": "What a norm stores: its normalised output or its input."}
     )

@@ -55,8 +55,8 @@ RAZOR_ROWS = {
     "razor, paper 0.9": RazorConfig.preset("paper", sparsity=0.9),
     "razor, paper 0.97": RazorConfig.preset("paper", sparsity=0.97),
     "razor, balanced, residual_bits=1": RazorConfig(residual_bits=1),
-    "razor, balanced (residual_bits=2)": RazorConfig(),
-    "razor, balanced, residual_bits=3": RazorConfig(residual_bits=3),
+    "razor, balanced, residual_bits=2": RazorConfig(residual_bits=2),
+    "razor, balanced (residual_bits=3)": RazorConfig(),
     "razor, balanced, residual_bits=4": RazorConfig(residual_bits=4),
     "razor, fast": RazorConfig.preset("fast"),
 }

@@ -174,7 +174,6 @@ static void rows_case(void) {
 
     batch_norm_args b = {.x_hat = m.x_hat, .grad = m.grad, .scale = floats(inner, 0), .batch = outer, .channels = inner};
     b.by_batch = between(0, 1), b.grad_input = m.grad_input;
-    b.mask = between(0, 1) ? buffer((outer * inner * m.x_hat.n + 7) / 8) : NULL;
     b.grad_gamma = buffer(inner * 4), b.grad_beta = buffer(inner * 4), b.threads = between(1, 4);
     REQUIRE(hf_backrazor_batch_norm(&b) == DONE);
     release();

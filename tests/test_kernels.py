@@ -488,9 +488,8 @@ def test_new_operators_run_on_fake_tensors() -> None:
     parts = packed.layout.split(packed.parts)
     others = (torch.rand(3), True, *parts, packed.layout.kept, packed.layout.coding, 2, (0.5, 1.5, -0.5, -1.5))
     utils = ("test_schema", "test_faketensor")
-    for mask in (None, torch.randint(0, 255, (1, 48), dtype=torch.uint8)):
-        arguments = (torch.randn(2, 3, 8, 8), mask, *others)
-        torch.library.opcheck(torch.ops.hf_backrazor.batch_norm_backward, arguments, test_utils=utils)
+    arguments = (torch.randn(2, 3, 8, 8), *others)
+    torch.library.opcheck(torch.ops.hf_backrazor.batch_norm_backward, arguments, test_utils=utils)
     bits = torch.randint(0, 255, (1, 4), dtype=torch.uint8)
     torch.library.opcheck(torch.ops.hf_backrazor.pack_steps, (torch.randn(4, 8), 0.0, 6.0), test_utils=utils)
     torch.library.opcheck(torch.ops.hf_backrazor.times_steps, (torch.randn(4, 8), bits, 1.0, 0.0), test_utils=utils)

@@ -539,4 +539,4 @@ def test_only_modules_that_train_a_vector_watch_their_products() -> None:
     model = get_razor_model(nn.Sequential(Scaled(), Mixed()))
     assert isinstance(model[0], RazorInline)
     assert not isinstance(model[1], RazorInline)
-    assert "scaled tensor, 1% of each row exact + 2 bits" in repr(model[0])
+    assert "scaled tensor, 1% of each row exact + 3 bits" in repr(model[0])

@@ -20,7 +20,6 @@ class _BatchNormArgs(ctypes.Structure):
     _fields_ = (
         ("x_hat", UnpackArgs),
         ("grad", _pointer),
-        ("mask", _pointer),
         ("scale", _pointer),
         ("batch", _int),
         ("channels", _int),
@@ -34,7 +33,6 @@ class _BatchNormArgs(ctypes.Structure):
 
 def batch_norm_backward(
     grad: Tensor,
-    mask: Tensor | None,
     gamma_rstd: Tensor,
     by_batch: bool,
     values: Tensor | None,
@@ -50,7 +48,6 @@ def batch_norm_backward(
 
     Args:
         grad: dY, float32 `(batch, channels, ...)`.
-        mask: uint8 `(1, ceil(numel / 8))`, a bit for each element of dY, which counts as zero without it. None: all do.
         gamma_rstd: float32 `(channels,)`: gamma over the deviation.
         by_batch: normalised by the statistics of the batch; else by fixed ones.
         values, index, scale, fields, k, coding, bits, levels: the packed x_hat (see `rows.unpack`), with a row for
@@ -65,11 +62,10 @@ def batch_norm_backward(
     x_hat, _used = unpack_arguments(
         values, index, scale, fields, None, 1, 0, batch * channels, n, k, coding, bits, levels
     )
-    grad_input, grad_gamma, grad_beta = _fake_batch_norm_backward(grad, mask, gamma_rstd)
+    grad_input, grad_gamma, grad_beta = _fake_batch_norm_backward(grad, gamma_rstd)
     arguments = _BatchNormArgs(
         x_hat=x_hat,
         grad=grad.data_ptr(),
-        mask=address(mask),
         scale=address(gamma_rstd),
         batch=batch,
         channels=channels,
@@ -83,16 +79,14 @@ def batch_norm_backward(
     return grad_input, grad_gamma, grad_beta
 
 
-def _fake_batch_norm_backward(
-    grad: Tensor, mask: Tensor | None, gamma_rstd: Tensor, *_others: object
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_batch_norm_backward(grad: Tensor, gamma_rstd: Tensor, *_others: object) -> tuple[Tensor, Tensor, Tensor]:
     grad_input = torch.empty_like(grad, memory_format=torch.contiguous_format)
     return grad_input, torch.empty_like(gamma_rstd), torch.empty_like(gamma_rstd)
 
 
 _operators = torch.library.Library("hf_backrazor", "FRAGMENT")
 _operators.define(
-    "batch_norm_backward(Tensor grad, Tensor? mask, Tensor gamma_rstd, bool by_batch, Tensor? values, Tensor? index, "
+    "batch_norm_backward(Tensor grad, Tensor gamma_rstd, bool by_batch, Tensor? values, Tensor? index, "
     "Tensor? scale, Tensor? fields, int k, str coding, int bits, float[] levels) -> (Tensor, Tensor, Tensor)"
 )
 _operators.impl("batch_norm_backward", batch_norm_backward, "CPU")

@@ -20,7 +20,6 @@ from ..kernels import batch_norm as _batch_norm  # noqa: F401  registers the ope
 from ..kernels import norm as _norm  # noqa: F401  registers the operator
 from .codes import levels_of
 from .packed import SparseLayout
-from .steps import Steps, times_steps
 
 
 def packed_norm_gradients(
@@ -79,7 +78,6 @@ def packed_batch_norm_gradients(
     rstd: Tensor,
     gamma: Tensor | None,
     by_batch: bool,
-    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dX, dgamma and dbeta of a batch norm.
 
@@ -90,19 +88,16 @@ def packed_batch_norm_gradients(
         rstd: `(channels,)`.
         gamma: `(channels,)`, or None: 1.
         by_batch: normalised by the statistics of the batch; else by fixed ones.
-        mask: what `pack_steps` returned, of which elements of `grad` count; those of others are zero. None: all do.
 
     Returns:
         As `grad`, `(channels,)`, `(channels,)`.
     """
     scale = rstd if gamma is None else rstd * gamma
     if grad.device.type != "cpu" or not grad.numel() or not layout.by_row or not layout.is_compiled(parts, grad.dtype):
-        grad = grad if mask is None else times_steps(grad, mask, Steps())
         return batch_norm_gradients(grad, layout.unpack(parts, grad.dtype), scale, by_batch)
     spec = layout.spec
     return torch.ops.hf_backrazor.batch_norm_backward(
         grad,
-        mask,
         scale,
         by_batch,
         *layout.split(parts),

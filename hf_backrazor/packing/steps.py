@@ -32,11 +32,6 @@ class Steps:
     inside: float = 1.0
     outside: float = 0.0
 
-    @property
-    def masks(self) -> bool:
-        """Whether it is 1 or 0."""
-        return self.inside == 1 and self.outside == 0
-
 
 def pack_steps(x: Tensor, steps: Steps) -> Tensor:
     """Which elements of `x`, floating point of any shape, lie inside: uint8 `(1, ceil(numel / 8))`."""

@@ -16,42 +16,17 @@ INLINED const float *coming_row(const batch_norm_args *a, int64_t channel, int64
     return a->grad + (place % a->batch * a->channels + place / a->batch) * a->x_hat.n;
 }
 
-/* A row of dY where its bits are set, and zero elsewhere. Rows need not begin with a byte. */
-INLINED void mask_row(const batch_norm_args *a, int64_t row, float *restrict out) {
-    const int64_t n = a->x_hat.n, bytes = width_of(a->batch * a->channels * n, 1);
-    for (int64_t start = 0; start < n; start += PORTION) {
-        float x[PORTION];
-        uint8_t nine[9] = {0}, inside[PORTION];
-        uint64_t bits;
-        const int64_t count = smaller(PORTION, n - start), at = row * n + start, shift = at % 8;
-        if (bytes - at / 8 >= 9) {
-            memcpy(nine, a->mask + at / 8, 9);
-        } else {
-            memcpy(nine, a->mask + at / 8, (size_t)(bytes - at / 8));
-        }
-        memcpy(&bits, nine, 8);
-        if (shift) bits = bits >> shift | (uint64_t)nine[8] << (64 - shift);
-        memcpy(nine, &bits, 8);
-        unpack_1(nine, inside);
-        load_portion(a->grad, FLOAT32, at, count, x);
-        for (int i = 0; i < PORTION; i++) x[i] = inside[i] ? x[i] : 0.0f;
-        store_portion(x, count, FLOAT32, start, out);
-    }
-}
-
 /* `x` has room for a row, or for all rows of a channel if these stay. */
 CLONED static void channel_gradients(const batch_norm_args *a, int64_t first, int64_t last, float *x) {
     const int64_t n = a->x_hat.n, whole = n / LANES * LANES, stride = keeps_channel(a) ? n : 0;
-    const float *source = a->mask ? a->grad_input : a->grad; /* masked rows lie where dX will be */
     for (int64_t channel = first; channel < last; channel++) {
         double sum = 0, product = 0;
         for (int64_t sample = 0; sample < a->batch; sample++) {
             const int64_t row = sample * a->channels + channel;
-            const float *grad = source + row * n;
+            const float *grad = a->grad + row * n;
             float *restrict x_hat = x + sample * stride;
             float sums[LANES] = {0}, products[LANES] = {0};
             const float *coming = coming_row(a, channel, sample);
-            if (a->mask) mask_row(a, row, a->grad_input + row * n);
             unpack_row(&a->x_hat, row, x_hat);
             for (int64_t i = 0; i < whole; i += LANES) {
                 for (int64_t j = 0; j < LANES; j += LINE / 4) PREFETCH(coming + i + j);
@@ -73,7 +48,7 @@ CLONED static void channel_gradients(const batch_norm_args *a, int64_t first, in
         for (int64_t sample = 0; sample < a->batch; sample++) {
             const int64_t row = sample * a->channels + channel;
             float *out = a->grad_input + row * n;
-            const float *grad = source + row * n;
+            const float *grad = a->grad + row * n;
             float *restrict x_hat = x + sample * stride;
             if (a->by_batch) {
                 if (!stride) unpack_row(&a->x_hat, row, x_hat);

@@ -211,7 +211,6 @@ typedef struct {
 typedef struct {
     unpack_args x_hat;        /* `out` and `threads` are not read */
     const float *grad;        /* dY, (batch, channels, n) */
-    const uint8_t *mask;      /* a bit for each element of dY, which is zero without it; or NULL */
     const float *scale;       /* (channels): gamma / deviation */
     int64_t batch, channels;
     int64_t by_batch;         /* normalised by the statistics of the batch; else by fixed ones */
