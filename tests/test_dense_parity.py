@@ -477,3 +477,49 @@ def test_inputs_of_few_rows_do_not_keep_what_they_were_taken_from() -> None:
     y = model(torch.randn(4, 100, 64))
     assert hidden[0]() is None
     y.sum().backward()
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("preset", ["lossless", "balanced", "paper"])
+def test_no_gradient_comes_from_no_gradient(preset: str) -> None:
+    layers = [nn.Linear(8, 8), nn.LayerNorm(8), nn.RMSNorm(8), nn.GELU(), nn.ReLU(), nn.PReLU(), nn.Dropout(0.5)]
+    layers += [nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4), nn.GroupNorm(2, 4), nn.AdaptiveAvgPool2d(3), nn.MaxPool2d(2)]
+    for layer in layers:
+        model, x = razor_of(nn.Sequential(layer), preset), torch.randn(2, 4, 8, requires_grad=True)
+        NoGradient.apply(model(x)).sum().backward()
+        assert x.grad is None, layer
+        assert all(parameter.grad is None for parameter in model.parameters()), layer
+
+
+def test_group_norm_of_one_image_with_its_channels_last() -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.GroupNorm(4, 4)).double()
+    razor = razor_of(dense)
+    x = torch.randn(1, 4, 3, 5).double().to(memory_format=torch.channels_last)
+    assert_equal_gradients(dense, razor, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_epsilon_of_rms_norm_is_torchs(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.RMSNorm(8)).to(dtype)
+    razor, x = razor_of(dense), (1e-3 * torch.randn(4, 8)).to(dtype)
+    assert torch.equal(razor(x), dense(x))
+    # In float32, where epsilon is the same, autograd's is exact enough to compare with.
+    expected = gradients(dense.float() if dtype.itemsize < 4 else dense, x.float() if dtype.itemsize < 4 else x)
+    for pair in zip(gradients(razor, x), expected, strict=True):
+        assert F.cosine_similarity(*(each.double().flatten() for each in pair), 0) > 0.999
+
+
+def test_a_norm_that_broadcasts_its_input() -> None:
+    dense, x = nn.Sequential(CastingNorm()), torch.randn(2, 4, 1)
+    assert_equal_gradients(dense, razor_of(dense), x)

@@ -211,21 +211,19 @@ class _CodedActivation(torch.autograd.Function):
         bits: int,
         inplace: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         cells, derivatives, _ = cell_tables(rule, bits)
         ctx.layout = CellLayout(x.shape, x.dtype, _columns(x), cells, derivatives)
         codes = encode_cells(x.detach().reshape(ctx.layout.matrix), cells)
         ctx.save_for_backward(*codes)
         ctx.mark_non_differentiable(*codes)
-        ctx.set_materialize_grads(False)
         if inplace:
             ctx.mark_dirty(x)
         return forward(x), *codes
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor | None, *_codes: None) -> tuple[Tensor | None, ...]:
-        if grad_output is None:
-            return (None,) * 5
+    def backward(ctx: FunctionCtx, grad_output: Tensor, *_codes: None) -> tuple[Tensor | None, ...]:
         grad_input = torch.empty_like(grad_output, memory_format=torch.contiguous_format)
         into, grad_rows = grad_input.view(ctx.layout.matrix), grad_output.reshape(ctx.layout.matrix)
         for start, stop, derivative in ctx.layout.slices(ctx.saved_tensors, grad_output.dtype):
@@ -244,6 +242,7 @@ class _Activation(torch.autograd.Function):
         inplace: bool,
         *parameters: Tensor,
     ) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.rule, ctx.inplace = rule, inplace
         ctx.function = forward if rule is None else rule.value
         if inplace:

@@ -63,6 +63,7 @@ class _RecomputedAttention(torch.autograd.Function):
         value: Tensor,
         *others: Tensor,
     ) -> Tensor:
+        ctx.set_materialize_grads(False)
         packed = [pack(x, spec) for x in (query, key, value)]
         rng = [get_rng_state(query.device)] if random else []
         ctx.attend, ctx.random = attend, random
@@ -149,6 +150,7 @@ class _SparseAttention(torch.autograd.Function):
         dropout_p: float,
         spec: PackSpec,
     ) -> Tensor:
+        ctx.set_materialize_grads(False)
         rng = [get_rng_state(query.device)] if dropout_p else []
         ctx.groups = query.shape[1] // key.shape[1]
         probabilities = _probabilities(query, _repeat_heads(key, ctx.groups), mask, scaling, is_causal)

@@ -54,8 +54,8 @@ def batch_norm(
     return y
 
 
-def _replay(ctx: FunctionCtx, grad_output: Tensor | None, *_parts: None) -> Any:
-    if grad_output is None or not (ctx.from_input or ctx.layout is None):
+def _replay(ctx: FunctionCtx, grad_output: Tensor, *_parts: None) -> Any:
+    if not (ctx.from_input or ctx.layout is None):
         return NotImplemented
     weight, rstd, *parts = ctx.saved_tensors
     if ctx.layout is None:  # fixed statistics and weight: nothing but a product
@@ -99,6 +99,7 @@ class _BatchNorm(torch.autograd.Function):
         spec: PackSpec,
         packed_input: Packed | None,
     ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
         running_mean, running_var, training, momentum, eps = statistics
         cudnn = torch.backends.cudnn.enabled
         # What F.batch_norm calls; with what it computed on the way.
@@ -111,7 +112,6 @@ class _BatchNorm(torch.autograd.Function):
         mean, rstd = mean.to(wide), rstd.to(wide)
         ctx.training, ctx.from_input, ctx.input_dtype = training, packed_input is not None, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.set_materialize_grads(False)
         ctx.layout, ctx.eps = None, eps
         if not training and not ctx.needs_input_grad[1]:
             ctx.save_for_backward(weight, rstd)
@@ -129,9 +129,7 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     @replayed(_replay)
-    def backward(ctx: FunctionCtx, grad_output: Tensor | None, *_parts: None) -> tuple[Tensor | None, ...]:
-        if grad_output is None:
-            return (None,) * 6
+    def backward(ctx: FunctionCtx, grad_output: Tensor, *_parts: None) -> tuple[Tensor | None, ...]:
         weight, rstd, *parts = ctx.saved_tensors
         if ctx.layout is None:
             return *_fixed_gradients(ctx, grad_output, weight, rstd), None, None, None

@@ -148,6 +148,7 @@ class _Convolution(torch.autograd.Function):
         forward: Callable[[Tensor], Tensor],
         packed: Packed | None,
     ) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.layout = None if packed is None else packed.layout
         parts = () if packed is None else saved_parts(x, packed)
         ctx.geometry = geometry

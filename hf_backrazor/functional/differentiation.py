@@ -13,6 +13,8 @@ says which:
   RuntimeError. So the gradient of a linear layer's input can always be differentiated again, and that of its weight
   where the input is stored whole.
 
+With `ctx.set_materialize_grads(False)` in the forward, a gradient that is not there stays so: the backward is not run.
+
 Errors are raised at once, and not when somebody differentiates: `torch.autograd.grad` leaves out whatever is not on the
 way to the tensors that it is asked for, an error as well.
 """
@@ -39,8 +41,10 @@ def once_differentiable(backward: Backward) -> Backward:
 
     @wraps(backward)
     def checked(ctx: FunctionCtx, *grads: Tensor | None) -> Any:
+        if all(grad is None for grad in grads):
+            return _nothing(ctx)
         _refuse_batches(name, grads)
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) for x in grads):
+        if torch.is_grad_enabled():
             _refuse(f"the backward of {name}")
         return backward(ctx, *grads)
 
@@ -62,7 +66,7 @@ def replayed(replay: Backward) -> Callable[[Backward], Backward]:
 
         @wraps(backward)
         def checked(ctx: FunctionCtx, *grads: Tensor | None) -> Any:
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() and any(grad is not None for grad in grads):
                 results = replay(ctx, *grads)
                 if results is not NotImplemented:
                     return results
@@ -80,6 +84,8 @@ def twice_differentiable(backward: Backward) -> Backward:
 
     @wraps(backward)
     def checked(ctx: FunctionCtx, *grads: Tensor | None) -> Any:
+        if all(grad is None for grad in grads):
+            return _nothing(ctx)
         _refuse_batches(name, grads)
         return backward(ctx, *grads)
 
@@ -158,6 +164,11 @@ def _refuse(what: str) -> NoReturn:
         "Run the forward of what is differentiated twice inside of `model.disable_razor()`, or leave these layers out "
         'by `exclude_modules`; with `RazorConfig.preset("lossless")` most operators support it'
     )
+
+
+def _nothing(ctx: FunctionCtx) -> tuple[None, ...]:
+    """No gradient comes from no gradient; zeros would make optimizers move."""
+    return (None,) * len(ctx.needs_input_grad)
 
 
 def _name(backward: Backward) -> str:

@@ -34,6 +34,7 @@ def dropout(x: Tensor, p: float, inplace: bool = False) -> Tensor:
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, p: float, inplace: bool) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         if x.device.type == "cpu":
             # The steps of the dense operator there; `native_dropout` rounds differently for some p.
             noise = bernoulli_(torch.empty_like(x), 1 - p).div_(1 - p)
@@ -47,14 +48,11 @@ class _Dropout(torch.autograd.Function):
         bits = pack_bits(mask.reshape(1, -1))
         ctx.save_for_backward(bits)
         ctx.mark_non_differentiable(bits)
-        ctx.set_materialize_grads(False)
         return output, bits
 
     @staticmethod
     @twice_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor | None, _bits: None) -> tuple[Tensor | None, None, None]:
-        if grad_output is None:
-            return None, None, None
+    def backward(ctx: FunctionCtx, grad_output: Tensor, _bits: None) -> tuple[Tensor | None, None, None]:
         (bits,) = ctx.saved_tensors
         mask = unpack_bits(bits, grad_output.numel()).view(grad_output.shape)
         return (grad_output * mask).mul_(1 / ctx.keep_probability), None, None

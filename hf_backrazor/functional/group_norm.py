@@ -54,8 +54,8 @@ def group_norm(
     return y
 
 
-def _replay(ctx: FunctionCtx, grad_output: Tensor | None, *_parts: None) -> Any:
-    if grad_output is None or not ctx.from_input:
+def _replay(ctx: FunctionCtx, grad_output: Tensor, *_parts: None) -> Any:
+    if not ctx.from_input:
         return NotImplemented
     weight, _, _, *parts = ctx.saved_tensors
 
@@ -82,6 +82,7 @@ class _GroupNorm(torch.autograd.Function):
         spec: PackSpec,
         packed_input: Packed | None,
     ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
         batch, channels = x.shape[:2]
         ctx.sizes, ctx.eps = (batch, channels, prod(x.shape[2:]), groups), eps
         # As torch lays it out: sums in another order would differ in their last bits.
@@ -90,7 +91,6 @@ class _GroupNorm(torch.autograd.Function):
         mean, rstd = mean.to(accumulate_dtype(x)), rstd.to(accumulate_dtype(x))
         ctx.from_input, ctx.input_dtype = packed_input is not None, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.set_materialize_grads(False)
         if packed_input is not None:
             ctx.layout = packed_input.layout
             ctx.save_for_backward(weight, rstd, mean, *saved_parts(x, packed_input))
@@ -105,14 +105,13 @@ class _GroupNorm(torch.autograd.Function):
 
     @staticmethod
     @replayed(_replay)
-    def backward(ctx: FunctionCtx, grad_output: Tensor | None, *_parts: None) -> tuple[Tensor | None, ...]:
-        if grad_output is None:
-            return (None,) * 7
+    def backward(ctx: FunctionCtx, grad_output: Tensor, *_parts: None) -> tuple[Tensor | None, ...]:
         weight, rstd, *parts = ctx.saved_tensors
         batch, _, _, groups = ctx.sizes
         of_groups = (batch, groups, -1)
         mean = parts.pop(0) if ctx.from_input else None
-        x_hat = ctx.layout.unpack(parts, rstd.dtype).reshape(of_groups)
+        # As the gradient is: of tensors that lie in memory in two ways the operator makes nonsense.
+        x_hat = ctx.layout.unpack(parts, rstd.dtype).contiguous().view(of_groups)
         if mean is not None:
             x_hat = (x_hat - mean.view(of_groups)) * rstd.view(of_groups)
         grad = grad_output.to(rstd.dtype).contiguous()

@@ -96,6 +96,7 @@ class _InterpolatedCrossEntropy(torch.autograd.Function):
         weight: Tensor | None,
         label_smoothing: float,
     ) -> Tensor:
+        ctx.set_materialize_grads(False)
         # Whatever autocast computes in, these sums are taken in `each.dtype`.
         with without_autocast(logits.device.type):
             total, grad = _total_and_gradient(

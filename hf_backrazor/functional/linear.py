@@ -58,6 +58,7 @@ class _Linear(torch.autograd.Function):
         transposed: bool,
         integers: bool,
     ) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.layout = packed.layout
         ctx.integers = integers
         ctx.transposed = transposed

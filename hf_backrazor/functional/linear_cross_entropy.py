@@ -75,6 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ignore_index: int,
         label_smoothing: float,
     ) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.elementwise, ctx.label_smoothing = elementwise, label_smoothing
         ctx.autocast = current_autocast(hidden.device.type)
         dtype = accumulate_dtype(hidden)

@@ -64,7 +64,7 @@ def rms_norm(
     Args:
         x: `(..., n)`, float.
         weight: `(n,)` or None.
-        eps: added to the mean square; None: the machine epsilon of the dtype of `x`.
+        eps: added to the mean square; None: the machine epsilon of float32, or of the dtype of `x` if that is wider.
         spec: how the stored tensor is packed.
         stores: `"x_hat"` or `"input"`.
         offset: added to the weight (1 for Gemma's norms).
@@ -86,8 +86,8 @@ def rms_norm(
     return y
 
 
-def _replay_layer_norm(ctx: FunctionCtx, grad_output: Tensor | None, *_parts: None) -> Any:
-    if not ctx.from_input or grad_output is None:
+def _replay_layer_norm(ctx: FunctionCtx, grad_output: Tensor, *_parts: None) -> Any:
+    if not ctx.from_input:
         return NotImplemented
     weight, _, _, *parts = ctx.saved_tensors
 
@@ -101,8 +101,8 @@ def _replay_layer_norm(ctx: FunctionCtx, grad_output: Tensor | None, *_parts: No
     return *replayed_gradients(plain, (x, weight), grad_output), grad_bias, None, None, None, None
 
 
-def _replay_rms_norm(ctx: FunctionCtx, grad_output: Tensor | None, *_parts: None) -> Any:
-    if not ctx.from_input or grad_output is None:
+def _replay_rms_norm(ctx: FunctionCtx, grad_output: Tensor, *_parts: None) -> Any:
+    if not ctx.from_input:
         return NotImplemented
     weight, _, *parts = ctx.saved_tensors
 
@@ -128,6 +128,7 @@ class _LayerNorm(torch.autograd.Function):
         spec: PackSpec,
         packed_input: Packed | None,
     ) -> Tensor | tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
         y, mean, rstd = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
         # On a CPU they come in the dtype of a 16-bit x.
         mean, rstd = mean.to(accumulate_dtype(x)), rstd.to(accumulate_dtype(x))
@@ -146,14 +147,11 @@ class _LayerNorm(torch.autograd.Function):
         ctx.layout = packed.layout
         ctx.save_for_backward(weight, rstd, *packed.parts)
         ctx.mark_non_differentiable(*packed.parts)
-        ctx.set_materialize_grads(False)
         return y, *packed.parts
 
     @staticmethod
     @replayed(_replay_layer_norm)
-    def backward(ctx: FunctionCtx, grad_output: Tensor | None, *_parts: None) -> tuple[Tensor | None, ...]:
-        if grad_output is None:
-            return (None,) * 7
+    def backward(ctx: FunctionCtx, grad_output: Tensor, *_parts: None) -> tuple[Tensor | None, ...]:
         weight, rstd, *parts = ctx.saved_tensors
         size = prod(ctx.normalized_shape)
         grad_rows, rstd = grad_output.to(rstd.dtype).reshape(-1, size), rstd.view(-1, 1)
@@ -183,11 +181,13 @@ class _RMSNorm(torch.autograd.Function):
         offset: float,
         forward: Callable[[Tensor], Tensor] | None,
     ) -> Tensor | tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
         y = torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps) if forward is None else forward(x)
         ctx.from_input = packed_input is not None
         ctx.input_dtype = x.dtype
         wide = x.to(accumulate_dtype(x))
-        eps = torch.finfo(x.dtype).eps if eps is None else eps
+        # torch 2.13 takes the epsilon of the dtype that it computes in.
+        eps = torch.finfo(wide.dtype).eps if eps is None else eps
         ctx.offset, ctx.eps = offset, eps
         rstd = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         packed = packed_input or pack(x, spec, rstd=rstd)
@@ -196,14 +196,11 @@ class _RMSNorm(torch.autograd.Function):
         if packed_input is not None:
             return y
         ctx.mark_non_differentiable(*packed.parts)
-        ctx.set_materialize_grads(False)
         return y, *packed.parts
 
     @staticmethod
     @replayed(_replay_rms_norm)
-    def backward(ctx: FunctionCtx, grad_output: Tensor | None, *_parts: None) -> tuple[Tensor | None, ...]:
-        if grad_output is None:
-            return (None,) * 7
+    def backward(ctx: FunctionCtx, grad_output: Tensor, *_parts: None) -> tuple[Tensor | None, ...]:
         weight, rstd, *parts = ctx.saved_tensors
         size = grad_output.shape[-1]
         grad_rows, rstd = grad_output.to(rstd.dtype).reshape(-1, size), rstd.view(-1, 1)

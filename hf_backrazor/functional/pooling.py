@@ -62,6 +62,7 @@ def max_pool2d(x: Tensor, window: Window) -> Tensor:
 class _MaxPool2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, window: Window) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.window, ctx.input_shape = window, x.shape
         y, index = torch.ops.aten.max_pool2d_with_indices(
             x, window.size, window.stride, window.padding, window.dilation, window.ceil_mode
@@ -182,6 +183,7 @@ class _Linear(torch.autograd.Function):
         gradient: Callable[..., Tensor],
         arguments: tuple[Any, ...],
     ) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.gradient, ctx.arguments, ctx.input_shape = gradient, arguments, x.shape
         return function(x, *arguments)
 

@@ -32,6 +32,7 @@ def product(x: Tensor, y: Tensor, spec: PackSpec) -> Tensor:
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, y: Tensor, left: Packed, right: Packed) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.left, ctx.right, ctx.left_parts = left.layout, right.layout, len(left.parts)
         ctx.save_for_backward(*saved_parts(x, left), *saved_parts(y, right))
         return x * y

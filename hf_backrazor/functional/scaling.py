@@ -34,6 +34,7 @@ def scaling(x: Tensor, scale: Tensor, spec: PackSpec) -> Tensor:
 class _Scaling(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor, packed: Packed, row_dims: int) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.layout, ctx.input_dtype, ctx.row_dims = packed.layout, x.dtype, row_dims
         ctx.save_for_backward(scale, *saved_parts(x, packed))
         return x * scale

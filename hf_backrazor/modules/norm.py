@@ -73,7 +73,8 @@ class RazorRMSNorm(RazorModule):
     def forward(self, input: Tensor, *others: Any, **named: Any) -> Tensor:
         """As the plain module; saves x_hat or `input` packed. Further arguments (Mamba-2's gate) leave it dense."""
         # Its own forward reads the weight once more, which would compute a parametrized one twice.
-        plain = others or named or is_parametrized(self)
+        # An input of another width than the weight's is broadcast.
+        plain = others or named or is_parametrized(self) or input.shape[-1:] != self.weight.shape
         if plain or not self.razor_active(input, parameters=("weight",)) or not self.worth_packing(input):
             return super().forward(input, *others, **named)
         config = self.razor_config
