@@ -18,6 +18,12 @@ def is_batched(x: Tensor) -> bool:
     return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
 
 
+def in_checkpoint() -> bool:
+    """Whether what is saved now goes to non-reentrant `torch.utils.checkpoint`, in the first forward or the second."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
+
+
 def will_be_executed(node: Node) -> bool:
     """Whether autograd, called from a backward that runs now, goes on to `node`."""
     try:

@@ -22,6 +22,7 @@ from transformers import (
     XLMConfig,
     XLMWithLMHeadModel,
 )
+from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from hf_backrazor import RazorConfig, get_razor_model
@@ -217,6 +218,23 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
         return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+@pytest.mark.parametrize("second", [nn.Dropout(0.5, inplace=True), nn.ReLU(inplace=True), nn.ELU(inplace=True)])
+@pytest.mark.parametrize("first", [nn.Sigmoid(), nn.Tanh(), nn.Softmax(-1)])
+def test_changes_in_place_under_checkpointing(first: nn.Module, second: nn.Module) -> None:
+    torch.manual_seed(0)
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Sequential(first, second)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.block, x, use_reentrant=False)
+
+    dense, x = Checkpointed(), torch.randn(3, 5, 8)
+    assert_equal_gradients(dense, razor_of(dense), x)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -518,6 +536,26 @@ def test_the_epsilon_of_rms_norm_is_torchs(dtype: torch.dtype) -> None:
     expected = gradients(dense.float() if dtype.itemsize < 4 else dense, x.float() if dtype.itemsize < 4 else x)
     for pair in zip(gradients(razor, x), expected, strict=True):
         assert F.cosine_similarity(*(each.double().flatten() for each in pair), 0) > 0.999
+
+
+def test_an_input_without_a_gradient_may_be_changed_after_rms_norm() -> None:
+    torch.manual_seed(0)
+    dense, x = nn.Sequential(nn.RMSNorm(8)), torch.randn(3, 8)
+    grads = []
+    for model in (dense, razor_of(dense)):
+        copied = x.clone()
+        y = model(copied)
+        copied.mul_(0.5)
+        grads.append(torch.autograd.grad(y.square().sum(), list(model.parameters()))[0])
+    assert torch.allclose(*grads)
+
+
+def test_an_activation_function_with_tied_parameters() -> None:
+    torch.manual_seed(0)
+    act = ACT2FN["xielu"].float()
+    act.alpha_p = act.alpha_n
+    dense = nn.Sequential(nn.Linear(4, 8), act)
+    assert_equal_gradients(dense, razor_of(dense), torch.randn(3, 4))
 
 
 def test_a_norm_that_broadcasts_its_input() -> None:

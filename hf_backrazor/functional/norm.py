@@ -76,8 +76,10 @@ def rms_norm(
     """
     if stores == "input":
         packed = pack_shared(x, spec)
-        if forward is not None and packed.layout.whole and x.dtype != torch.float32:
-            # Norms of Transformers save what they cast to float32, so that `x` itself may be changed later.
+        cast = forward is not None and x.dtype != torch.float32
+        if packed.layout.whole and (cast or not x.requires_grad):
+            # Where dense saves something else, `x` may be changed later: norms of Transformers save what they cast to
+            # float32, and without a gradient for `x` its normalised output is enough.
             packed = Packed(packed.layout, (x.detach().clone(),))
         return _RMSNorm.apply(x, weight, eps, spec, packed, offset, forward)
     y, *parts = _RMSNorm.apply(x, weight, eps, spec, None, offset, forward)

@@ -90,13 +90,13 @@ class RazorActivation(RazorModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """As the plain module; saves `input`, in few bits or as it is."""
-        parameters = dict(self.named_parameters())
+        parameters = dict(self.named_parameters(remove_duplicate=False))
         # Parametrized ones would be computed again in backward.
         active = (
             self.razor_active(input, *parameters.values()) and self.worth_packing(input) and not is_parametrized(self)
         )
         inplace = getattr(self, "inplace", False)
-        if not active or (inplace and input._is_view()):  # see `RazorDropout`
+        if not active or (inplace and not self.works_in_place(input)):
             return super().forward(input)
         bits = activation_bits(self.razor_config, input)
         if not parameters:

@@ -111,7 +111,7 @@ def razor_attention_forward(
         )
     config: RazorConfig = module.razor_config
     # Such as the sinks that GPT-OSS's eager attention reads from its module.
-    parameters = dict(module.named_parameters(recurse=False))
+    parameters = dict(module.named_parameters(recurse=False, remove_duplicate=False))
     if config.attention == "sparse" and (reason := _beyond_sparse(module, kwargs, attention_mask, parameters)):
         logger.warning_once(
             f"{type(module).__name__}: attention='sparse' does not know {reason}; probabilities are recomputed from "

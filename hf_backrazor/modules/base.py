@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..compat import in_functorch_transform
+from ..compat import in_checkpoint, in_functorch_transform
 from ..config import RazorConfig
 from ..extension import Extension, extend
 from ..functional.sharing import origin_of
@@ -129,6 +129,15 @@ class RazorModule(Extension, _Module):
             logger.warning_once("razor: nested tensors are saved dense")
             return False
         return x.is_floating_point() and x.numel() >= max(1, self.razor_config.min_numel)
+
+    def works_in_place(self, x: Tensor) -> bool:
+        """Whether an operator may write its result to `x`.
+
+        Autograd allows no function of two results to change a view. And checkpointing stops its second forward when
+        the last tensor is saved: before the plain operator writes, but after an autograd function has written, to what
+        others saved.
+        """
+        return not x._is_view() and not in_checkpoint()
 
     def razor_repr(self) -> str:
         """The settings that matter to this operator, for `print(model)`."""

@@ -49,7 +49,7 @@ def _saves(module: RazorModule, x: Any, *trained: Any) -> bool:
 
 
 def _dropout(module: RazorModule, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
-    if not (training and 0 < p < 1 and _saves(module, input)) or (inplace and input._is_view()):
+    if not (training and 0 < p < 1 and _saves(module, input)) or (inplace and not module.works_in_place(input)):
         return NotImplemented
     return dropout(input, p, inplace)
 
@@ -60,7 +60,7 @@ def _activation(function: Callable[..., Tensor], rule: Callable[..., ActivationR
     def call(module: RazorModule, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         others = {**dict(zip(parameters, args, strict=False)), **kwargs}
         inplace = others.get("inplace", False)
-        if not _saves(module, input) or (inplace and input._is_view()):
+        if not _saves(module, input) or (inplace and not module.works_in_place(input)):
             return NotImplemented
         bits = activation_bits(module.razor_config, input)
         return activation(input, lambda x: function(x, **others), rule(**others), bits, inplace=inplace)

@@ -21,7 +21,6 @@ class RazorDropout(RazorModule):
     def forward(self, input: Tensor) -> Tensor:
         """As the plain module; saves one bit an element."""
         active = 0 < self.p < 1 and self.razor_active(input) and self.worth_packing(input)
-        # Autograd allows no function of two results to change a view.
-        if not active or (self.inplace and input._is_view()):
+        if not active or (self.inplace and not self.works_in_place(input)):
             return super().forward(input)
         return dropout(input, self.p, self.inplace)
