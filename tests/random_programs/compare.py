@@ -6,10 +6,11 @@ the last place (or by what a coarse setting may be off), moves by far less.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,23 @@ def differences(program: Program, apply: Apply = razor) -> list[Difference]:
         expected = execute(program, saving=WrittenOutBatchNorm)
         if not _compare_gradients(program, expected, actual):
             return []
+    if found and "use_reentrant=False" in program.source():
+        # Dense gradients are wrong, without a word, where a saved tensor is changed in the second forward: the copies
+        # that checkpointing keeps carry no version.
+        expected = execute(program, saving=_without_checkpoints)
+        if not _compare_gradients(program, expected, actual):
+            return []
     return found
+
+
+@contextmanager
+def _without_checkpoints() -> Iterator[None]:
+    with _copies(), mock.patch("torch.utils.checkpoint.checkpoint", _called):
+        yield
+
+
+def _called(function: Callable[..., Any], *args: Any, use_reentrant: bool) -> Any:
+    return function(*args)
 
 
 def _copies() -> AbstractContextManager:

@@ -219,7 +219,6 @@ def _namespace() -> dict[str, Any]:
         from torch import nn
         from torch.autograd.graph import saved_tensors_hooks
         from torch.nn.utils import prune
-        from torch.utils.checkpoint import checkpoint
         from transformers.activations import ACT2FN
         from transformers.models.llama.modeling_llama import LlamaRMSNorm
         from transformers.pytorch_utils import Conv1D
@@ -234,7 +233,8 @@ def _namespace() -> dict[str, Any]:
             prune=prune,
             transformers=transformers,
             saved_tensors_hooks=saved_tensors_hooks,
-            checkpoint=checkpoint,
+            # Looked up when it is called, so that a reference can do without.
+            checkpoint=lambda *args, **kwargs: torch.utils.checkpoint.checkpoint(*args, **kwargs),
             ACT2FN=ACT2FN,
             LlamaRMSNorm=LlamaRMSNorm,
             Conv1D=Conv1D,
