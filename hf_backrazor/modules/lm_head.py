@@ -20,7 +20,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..functional import linear_cross_entropy
 from ..functional.precision import autocast_is_on, current_autocast, without_autocast
-from .lazy import Computation, Description, LazyTensor, widened_dtype
+from .elements import Computation
+from .lazy import Description, LazyTensor, widened_dtype
 from .linear import RazorLinear
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..functional import Resizing, interpolated_cross_entropy
 from ..functional.precision import autocast_is_on
 from .base import RazorModule, class_source
-from .lazy import Computation, Description, LazyTensor, widened_dtype
+from .elements import Computation
+from .lazy import Description, LazyTensor, widened_dtype
 
 _RESIZES, _TAKES_LOSS = re.compile(r"\binterpolate\("), re.compile(r"\b(?:CrossEntropyLoss|cross_entropy)\(")
 
