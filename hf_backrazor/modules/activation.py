@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 from transformers import activations as hf
 
 from ..config import RazorConfig
@@ -93,7 +92,7 @@ class RazorActivation(RazorModule):
         parameters = dict(self.named_parameters(remove_duplicate=False))
         # Parametrized ones would be computed again in backward.
         active = (
-            self.razor_active(input, *parameters.values()) and self.worth_packing(input) and not is_parametrized(self)
+            self.razor_active(input, *parameters.values()) and self.worth_packing(input) and not self.is_parametrized()
         )
         inplace = getattr(self, "inplace", False)
         if not active or (inplace and not self.works_in_place(input)):

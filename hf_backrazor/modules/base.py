@@ -117,11 +117,14 @@ class RazorModule(Extension, _Module):
 
         It is not read if it is parametrized: that computes it, and is a step of spectral norm's power iteration.
         """
-        parametrizations = self._modules.get("parametrizations")
-        if parametrizations is not None and name in parametrizations:
-            return any(original.requires_grad for original in parametrizations[name].parameters())
+        if self.is_parametrized() and name in self.parametrizations:
+            return any(original.requires_grad for original in self.parametrizations[name].parameters())
         value = getattr(self, name)
         return value is not None and value.requires_grad
+
+    def is_parametrized(self) -> bool:
+        """Whether a parameter is computed by `torch.nn.utils.parametrize`."""
+        return "parametrizations" in self._modules
 
     def worth_packing(self, x: Tensor) -> bool:
         """Whether `x` can be packed, and is large enough to be."""

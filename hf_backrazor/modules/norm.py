@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from ..config import RazorConfig
 from ..functional import layer_norm, rms_norm
@@ -74,7 +73,7 @@ class RazorRMSNorm(RazorModule):
         """As the plain module; saves x_hat or `input` packed. Further arguments (Mamba-2's gate) leave it dense."""
         # Its own forward reads the weight once more, which would compute a parametrized one twice.
         # An input of another width than the weight's is broadcast.
-        plain = others or named or is_parametrized(self) or input.shape[-1:] != self.weight.shape
+        plain = others or named or self.is_parametrized() or input.shape[-1:] != self.weight.shape
         if plain or not self.razor_active(input, parameters=("weight",)) or not self.worth_packing(input):
             return super().forward(input, *others, **named)
         config = self.razor_config
