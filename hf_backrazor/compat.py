@@ -1,4 +1,4 @@
-"""What torch shows of itself through private functions alone. Checked against torch 2.6 to 2.13."""
+"""What torch shows of itself through private functions alone. Checked against torch 2.13."""
 
 from __future__ import annotations
 
