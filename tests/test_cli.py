@@ -61,6 +61,12 @@ def test_report_is_what_the_library_estimates(capsys, folder: Path) -> None:
     assert row["total"] == row["weights"] + row["optimizer"] + row["step"]
 
 
+def test_nothing_is_computed_while_the_library_is_imported_on_the_meta_device() -> None:
+    # As `report` and `plan` do where nothing else has imported it.
+    code = "import torch\nwith torch.device('meta'):\n    import hf_backrazor.model"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_report_shows_every_variant_in_a_table(capsys, folder: Path) -> None:
     text = run(capsys, "report", folder, "--batch", 4, "--sequence", 32)
     assert "a batch of 4 x 32 tokens, float32" in text

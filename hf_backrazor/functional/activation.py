@@ -313,8 +313,9 @@ QUICK_GELU = ActivationRule(_quick_gelu)
 SILU = ActivationRule(F.silu, reach=8.0)
 MISH = ActivationRule(F.mish, reach=8.0)
 HARDSWISH = ActivationRule(F.hardswish)
-# torch's gradient is rounded to float32, in double precision as well.
-_SIXTH = torch.tensor(1 / 6).item()
+# torch's gradient is rounded to float32, in double precision as well. On the CPU by name, as this may be imported while
+# "meta" is the default device.
+_SIXTH = torch.tensor(1 / 6, device="cpu").item()
 HARDSIGMOID = ActivationRule(F.hardsigmoid, steps=Steps(-3.0, 3.0, inside=_SIXTH))
 TANH = ActivationRule(torch.tanh, derivative_of_output=lambda y: 1 - y * y)
 SIGMOID = ActivationRule(torch.sigmoid, reach=8.0, derivative_of_output=lambda y: y * (1 - y))
