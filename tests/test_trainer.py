@@ -276,8 +276,8 @@ def test_torch_compile(name: str, tmp_path: Path) -> None:
     assert losses(runs[True]) == pytest.approx(losses(runs[False]), rel=1e-4)
     expected = runs[False].model.state_dict()
     for key, value in runs[True].model.state_dict().items():
-        # An activation's row at a bound between two scales takes the other by a rounding, which AdamW makes larger where
-        # a gradient is all but zero: single elements may be further off.
+        # A row of activations at a bound between two scales takes the other one by a rounding, which AdamW makes larger
+        # where a gradient is all but zero: single elements may be further off.
         assert (value - expected[key]).norm() < 1e-3 * expected[key].norm() + 1e-5, key
         torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-3)
     trainer.save_model(tmp_path / "saved")

@@ -204,7 +204,7 @@ def _compare_gradients(program: Program, expected: Run, actual: Run) -> list[Dif
     pairs = {
         name: (one, actual.gradients[name])
         for name, one in expected.gradients.items()
-        if one is not None and actual.gradients[name] is not None
+        if one is not None and actual.gradients.get(name) is not None
     }
     if any(not one.isfinite().all() for one, _ in pairs.values()):
         return []
