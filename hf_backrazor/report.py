@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -159,9 +160,15 @@ def record_saved_bytes(model: nn.Module, known: Iterable[Tensor], forward: Calla
     elements: dict[str, int] = defaultdict(int)
     running: list[str] = [""]
 
-    def note(x: Tensor) -> None:
-        by_module[running[-1]] += x.untyped_storage().nbytes()
-        elements[running[-1]] += x.untyped_storage().nbytes() // x.element_size()
+    def note(x: Tensor) -> Callable[[], None]:
+        name, nbytes, size = running[-1], x.untyped_storage().nbytes(), x.element_size()
+
+        def count(sign: int) -> None:
+            by_module[name] += sign * nbytes
+            elements[name] += sign * (nbytes // size)
+
+        count(1)
+        return lambda: count(-1)
 
     with undisturbed(model), _following(model, running), _noting_saved(note, known), torch.enable_grad():
         # The result holds the graph until all is counted.
@@ -178,7 +185,13 @@ def counting_saved_bytes(model: nn.Module, batch: Any) -> Iterator[list[int]]:
         batch: what the model is called with; its tensors are not counted, nor are parameters and buffers.
     """
     sizes: list[int] = []
-    with _noting_saved(lambda x: sizes.append(x.untyped_storage().nbytes()), _there_before(model, batch)):
+
+    def note(x: Tensor) -> Callable[[], None]:
+        nbytes = x.untyped_storage().nbytes()
+        sizes.append(nbytes)
+        return lambda: sizes.remove(nbytes)
+
+    with _noting_saved(note, _there_before(model, batch)):
         yield sizes
 
 
@@ -186,18 +199,35 @@ def _there_before(model: nn.Module, batch: Any) -> list[Tensor]:
     return [*model.parameters(), *model.buffers(), *(x for x in tree_leaves(batch) if isinstance(x, Tensor))]
 
 
-def _noting_saved(note: Callable[[Tensor], None], known: Iterable[Tensor]) -> saved_tensors_hooks:
-    """A context that calls `note` for every tensor that is saved and not `known`, once for each storage."""
+@contextmanager
+def _noting_saved(note: Callable[[Tensor], Callable[[], None]], known: Iterable[Tensor]) -> Iterator[None]:
+    """Inside this context `note` is called for every tensor that is saved and not `known`, once for each storage.
+
+    What it returns is called if the storage dies inside of the context, with the part of the graph that held it: DoRA
+    drops some of what its forward saves. Another storage may then come to lie at the same address.
+    """
     seen = {_storage_key(x) for x in known}
+    watched: list[weakref.finalize] = []
 
     def pack(x: Tensor) -> Tensor:
         if (key := _storage_key(x)) not in seen:
             seen.add(key)
-            note(x)
-        # Returned as it is, the tensor stays alive with the graph, so no later storage can take its address.
-        return x
+            watched.append(weakref.finalize(x.untyped_storage(), _forget, seen, key, note(x)))
+        # Not itself: an operator's own output would keep its graph alive, and the graph the output.
+        with torch._C.DisableTorchFunctionSubclass():
+            return x.detach()
 
-    return saved_tensors_hooks(pack, lambda x: x)
+    try:
+        with saved_tensors_hooks(pack, lambda x: x):
+            yield
+    finally:
+        for each in watched:
+            each.detach()
+
+
+def _forget(seen: set[int], key: int, uncount: Callable[[], None]) -> None:
+    seen.discard(key)
+    uncount()
 
 
 def _storage_key(x: Tensor) -> int:
