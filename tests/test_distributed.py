@@ -211,7 +211,8 @@ def test_sharding_costs_none_of_what_razor_saves(sharding: Reports, name: str, h
         if whole_logits:
             assert report["saved"] > report["saved_alone"]
         else:
-            assert report["saved"] <= 1.01 * report["saved_alone"]
+            # A process has fewer rows, of which the pooler's and classifier's are kept whole sooner.
+            assert report["saved"] <= 1.02 * report["saved_alone"]
 
 
 @pytest.mark.slow

@@ -134,8 +134,9 @@ def test_adapter_then_razor(method: str, name: str) -> None:
         torch.testing.assert_close(razor_loss, loss)  # language models': up to the order of summation
         assert torch.equal(found, expected)
         assert razor_gradients.keys() == trained
-        # Not quite that of dense training: where IA3's classifier has nearly all of the gradient, it is kept whole.
-        assert least < cosine(razor_gradients, gradients) < 1 - 1e-7
+        assert least < cosine(razor_gradients, gradients)
+        # Not quite that of dense training: IA3's classifier, whose input is kept whole, has nearly all of the gradient.
+        assert any(not torch.equal(razor_gradients[key], gradients[key]) for key in trained)
         assert razor.unload() is adapted
         assert type(adapted) is plain_type
         assert not any(isinstance(module, RazorModule) for module in adapted.modules())
@@ -379,7 +380,7 @@ def test_a_head_that_is_trained_in_full_does_without_logits(order: str) -> None:
     head = razor.get_base_model().lm_head
     assert isinstance(head.modules_to_save["default"], RazorLMHead)
     output = razor.train()(**batch)
-    assert output.logits._dense is None  # nor has the loss asked for them
+    assert not output.logits._elements.there  # nor has the loss asked for them
     assert_same_step(razor, plain, batch)
 
 

@@ -214,7 +214,7 @@ def map_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(environment: dict[str, str], *command: str, timeout: int = 300) -> subprocess.CompletedProcess[str]:
+def run(environment: dict[str, str], *command: str, timeout: int = 900) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *command], env=environment, cwd=RECIPES, capture_output=True, text=True, timeout=timeout
     )

@@ -365,7 +365,7 @@ def test_columns_of_a_datasets_dataset(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_is_the_dense_ones_and_one_file_more(name: str, tmp_path: Path) -> None:
     module = {"bert": "query", "gpt2": "c_fc", "vit": "fc1"}[name]
-    config = RazorConfig(sparsity=0.95, overrides={rf"0\..*{module}": {"residual_bits": 3}, module: {"sparsity": 0.5}})
+    config = RazorConfig(sparsity=0.95, overrides={rf"0\..*{module}": {"residual_bits": 2}, module: {"sparsity": 0.5}})
     models = {"dense": fresh(name), "razor": fresh(name, config)}
     for label, model in models.items():
         trainer_of(model, tmp_path / label, Toy(name), max_steps=2, save_strategy="steps", save_steps=2).train()
