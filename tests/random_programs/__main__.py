@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import sys
 import time
 
 from .compare import differences
@@ -53,10 +55,14 @@ def main() -> None:
     drawn = outcomes(
         arguments.first, arguments.programs, arguments.processes, arguments.setting, not arguments.no_shrink
     )
-    for outcome in drawn:
-        found.append(outcome)
-        if outcome.first is not None:
-            print(json.dumps([outcome.seed, key_of(outcome.first), outcome.operators]), flush=True)
+    # What an interrupt leaves is summed up, too.
+    with contextlib.suppress(KeyboardInterrupt):
+        for outcome in drawn:
+            found.append(outcome)
+            if outcome.first is not None:
+                print(json.dumps([outcome.seed, key_of(outcome.first), outcome.operators]), flush=True)
+            if len(found) % 1000 == 0:
+                print(f"{len(found)} programs", file=sys.stderr, flush=True)
     with open(arguments.summary, "w", encoding="utf-8") as file:
         file.write(summary(found, time.monotonic() - start))
     failures = sum(outcome.first is not None for outcome in found)
