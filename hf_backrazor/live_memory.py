@@ -29,20 +29,24 @@ class LiveMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """See `TorchDispatchMode`."""
+        # What an operator is given, and none here has made, was there before: a constant that it returns a view of.
+        for x in tree_leaves((args, kwargs)):
+            if isinstance(x, Tensor):
+                self._count(x, 0)
         result = func(*args, **(kwargs or {}))
         for x in tree_leaves(result):
             if isinstance(x, Tensor):
-                self._count(x)
+                self._count(x, x.untyped_storage().nbytes())
         self.peak = max(self.peak, self.live)
         return result
 
-    def _count(self, x: Tensor) -> None:
+    def _count(self, x: Tensor, nbytes: int) -> None:
         storage = x.untyped_storage()
         key = storage._cdata
         if key not in self._counted:
             self._counted.add(key)
-            self.live += storage.nbytes()
-            weakref.finalize(storage, self._drop, key, storage.nbytes())
+            self.live += nbytes
+            weakref.finalize(storage, self._drop, key, nbytes)
 
     def _drop(self, key: int, nbytes: int) -> None:
         # Another storage may come to lie at the same address.

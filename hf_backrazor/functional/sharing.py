@@ -94,7 +94,10 @@ def pack_shared(x: Tensor, spec: PackSpec, dtype: torch.dtype | None = None) -> 
     dtype = dtype or x.dtype
     entry = _entry(x)
     if entry is None:
-        return pack(x.detach().to(dtype), spec)
+        packed = pack(x.detach().to(dtype), spec)
+        # Products of torch save such an input as they lay it out, so that it may be changed later.
+        rearranged = packed.layout.whole and x.dim() > 2 and not x.is_contiguous()
+        return Packed(packed.layout, (packed.parts[0].clone(),)) if rearranged and x.dim() < 4 else packed
     key = (spec, dtype)
     if key not in entry.copies:
         dense = x.detach().to(dtype)
