@@ -213,6 +213,8 @@ def _noting_saved(note: Callable[[Tensor], Callable[[], None]], known: Iterable[
         if (key := _storage_key(x)) not in seen:
             seen.add(key)
             watched.append(weakref.finalize(x.untyped_storage(), _forget, seen, key, note(x)))
+        if not x.requires_grad:
+            return x
         # Not itself: an operator's own output would keep its graph alive, and the graph the output.
         with torch._C.DisableTorchFunctionSubclass():
             return x.detach()
