@@ -258,3 +258,20 @@ def test_forward_mode_runs_the_plain_code() -> None:
             y = model(torch.autograd.forward_ad.make_dual(x, tangent))
             found.append(torch.autograd.forward_ad.unpack_dual(y).tangent)
     assert torch.equal(*found)
+
+
+def test_a_second_derivative_of_maps_with_their_channels_last() -> None:
+    torch.manual_seed(0)
+
+    class Rolled(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).roll(1, -1)
+
+    for norm in (nn.BatchNorm2d(4), nn.GroupNorm(2, 4)):
+        dense = nn.Sequential(Rolled(norm), nn.Hardtanh(), nn.Conv2d(4, 3, 1, padding=2)).double().train()
+        x = (3 * torch.randn(1, 4, 3, 4).double()).to(memory_format=torch.channels_last)
+        found = []
+        for model in (dense, get_razor_model(copy.deepcopy(dense), RazorConfig.preset("lossless"))):
+            grads = torch.autograd.grad(model(x).square().mean(), list(model.parameters()), create_graph=True)
+            found.append(torch.autograd.grad(sum(grad.square().sum() for grad in grads), model[0][0].weight)[0])
+        assert torch.allclose(*found)

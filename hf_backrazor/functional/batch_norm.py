@@ -64,7 +64,8 @@ def _replay(ctx: FunctionCtx, grad_output: Tensor, *_parts: None) -> Any:
 
     def plain(x: Tensor, weight: Tensor | None) -> Tensor:
         if ctx.training:
-            return torch.nn.functional.batch_norm(x, None, None, weight, None, True, 0.0, ctx.eps)
+            # Of tensors that lie in memory in two ways torch's backward makes nonsense.
+            return torch.nn.functional.batch_norm(x.contiguous(), None, None, weight, None, True, 0.0, ctx.eps)
         y = (x.to(rstd.dtype) - _of_channels(mean, x)) * _of_channels(rstd, x)
         y = y if weight is None else y * _of_channels(weight, x)
         return y.to(grad_output.dtype)
@@ -73,7 +74,7 @@ def _replay(ctx: FunctionCtx, grad_output: Tensor, *_parts: None) -> Any:
     grad_bias = None
     if ctx.needs_input_grad[2]:
         grad_bias = grad_output.sum([0, *range(2, grad_output.dim())]).to(ctx.bias_dtype)
-    return *replayed_gradients(plain, (x, weight), grad_output), grad_bias, None, None, None
+    return *replayed_gradients(plain, (x, weight), grad_output.contiguous()), grad_bias, None, None, None
 
 
 def _fixed_gradients(

@@ -60,10 +60,10 @@ def _replay(ctx: FunctionCtx, grad_output: Tensor, *_parts: None) -> Any:
     weight, _, _, *parts = ctx.saved_tensors
 
     def plain(x: Tensor, weight: Tensor | None) -> Tensor:
-        return torch.nn.functional.group_norm(x, ctx.sizes[-1], weight, None, ctx.eps)
+        return torch.nn.functional.group_norm(x.contiguous(), ctx.sizes[-1], weight, None, ctx.eps)
 
     x = restored(ctx.layout, parts, constant=not ctx.needs_input_grad[0])
-    grad_x, grad_weight = replayed_gradients(plain, (x, weight), grad_output)
+    grad_x, grad_weight = replayed_gradients(plain, (x, weight), grad_output.contiguous())
     grad_bias = None
     if ctx.needs_input_grad[3]:
         grad_bias = grad_output.sum([0, *range(2, grad_output.dim())]).to(ctx.bias_dtype)
