@@ -40,14 +40,12 @@ def once_differentiable(backward: Backward) -> Backward:
     name = _name(backward)
 
     @wraps(backward)
-    def checked(ctx: FunctionCtx, *grads: Tensor | None) -> Any:
-        if all(grad is None for grad in grads):
-            return _nothing(ctx)
-        _refuse_batches(name, grads)
+    def refusing(ctx: FunctionCtx, *grads: Tensor | None) -> Any:
         if torch.is_grad_enabled():
             _refuse(f"the backward of {name}")
         return backward(ctx, *grads)
 
+    checked = twice_differentiable(refusing)
     checked.differentiable = False
     return checked
 
