@@ -42,6 +42,7 @@ PER_OPERATOR_FIELDS = (
     "qkv_bits",
     "activation_bits",
     "weight_gradient",
+    "stream_bits",
     "min_numel",
 )
 
@@ -65,9 +66,11 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "attention": "recompute",
         "qkv_bits": 32,
         "activation_bits": 32,
+        "stream_bits": 32,
     },
     "balanced": {},
     "fast": {"weight_gradient": "int8"},
+    "compact": {"recompute": "blocks"},
 }
 PRESETS = tuple(_PRESETS)
 
@@ -108,6 +111,14 @@ class RazorConfig(PushToHubMixin):
             integers and the output's gradient rounded to 8 bits at random (so that its mean is exact; a seed is drawn
             from torch's CPU generator). Where what is stored is not coded, or the device has no fast product of
             integers, `"int8"` is the same as `"dense"`.
+        recompute: what is computed again in backward: `"none"`, or `"blocks"`: whole blocks (the layers of a
+            transformer) keep their input alone, packed, as activation checkpointing does with the dense one, and run
+            again from it. What lies outside of them is stored as without.
+        recompute_modules: the blocks: their names, or what their names end in after a dot, or the names of their
+            classes; or one regular expression for all of a name or of a class's. None: the layers that Transformers
+            checkpoints. Inside of each other, the innermost count. They are exempt from `target_modules`.
+        stream_bits: bits an element for what changed in a block's input since the block before: 2, 3, 4 or 8, with the
+            elements beyond `sparsity` exact; the first block's input takes 8. 32: inputs are kept as they are.
         target_modules: modules to replace. A list: their names, or what their names end in after a dot. A
             string: one regular expression for the whole name. None: all that can be replaced.
         exclude_modules: modules to leave as they are, in the same form. None: none.
@@ -152,6 +163,15 @@ class RazorConfig(PushToHubMixin):
     weight_gradient: Literal["dense", "int8"] = field(
         default="dense", metadata={"help": "How weight gradients are computed: in floats, or by 8-bit integers."}
     )
+    recompute: Literal["none", "blocks"] = field(
+        default="none", metadata={"help": "What is computed again in backward: nothing, or whole blocks."}
+    )
+    recompute_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names, suffixes, classes or one regex of the blocks; None: Transformers' own."}
+    )
+    stream_bits: Literal[2, 3, 4, 8, 32] = field(
+        default=4, metadata={"help": "Bits for what changed in a block's input since the block before."}
+    )
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names, suffixes or one regex of the modules to replace; None: all."}
     )
@@ -173,6 +193,11 @@ class RazorConfig(PushToHubMixin):
     def __post_init__(self) -> None:
         for item in fields(self):
             setattr(self, item.name, _checked(item.name, getattr(self, item.name)))
+        if self.recompute_modules is not None and self.recompute == "none":
+            raise ValueError(
+                f'recompute_modules={_short(self.recompute_modules)} has no effect with recompute="none": expected '
+                'recompute="blocks"'
+            )
 
     @classmethod
     def preset(cls: type[Config], name: str, **changes: Any) -> Config:
@@ -180,7 +205,7 @@ class RazorConfig(PushToHubMixin):
 
         Args:
             name: `"paper"` (what Back Razor's paper stores), `"lossless"` (every gradient is autograd's),
-                `"balanced"` (the defaults) or `"fast"`.
+                `"balanced"` (the defaults), `"fast"` or `"compact"` (blocks are computed again from a packed input).
             changes: fields to set differently.
 
         Raises:
@@ -360,6 +385,10 @@ _LEGAL: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a number in [0, 1)",
     ),
     "target_modules": (
+        lambda value: value != [] and _is_modules(value),
+        f"a list of 1 to {MAX_ENTRIES} names, {_PATTERN}, or None",
+    ),
+    "recompute_modules": (
         lambda value: value != [] and _is_modules(value),
         f"a list of 1 to {MAX_ENTRIES} names, {_PATTERN}, or None",
     ),

@@ -20,7 +20,16 @@ from torch import nn
 from .config import RazorConfig
 from .extension import Extension, extend, restore
 from .model_card import TAG, write_section
-from .modules import OPERATORS, RazorInline, RazorLMHead, RazorModule, RazorOutermost
+from .modules import (
+    OPERATORS,
+    RazorBlock,
+    RazorInline,
+    RazorLMHead,
+    RazorModule,
+    RazorOutermost,
+    find_blocks,
+    stack_blocks,
+)
 from .report import MemoryReport, measure_saved_bytes
 from .targets import matches_target, unmatched_targets
 from .watch import is_first_forward, watched_forward
@@ -161,7 +170,11 @@ def get_razor_model(model: Model, config: RazorConfig | None = None) -> Model:
     heads = _heads(model)
     replaced: dict[str, tuple[nn.Module, type[RazorModule]]] = {}
     skipped: dict[str, list[str]] = defaultdict(list)
+    blocks = find_blocks(model, config) if config.recompute == "blocks" else {}
+    within = {id(inner) for block in blocks.values() for inner in block.modules()}
     for name, module in model.named_modules():
+        if id(module) in within:
+            continue
         operator = next((operator for operator in OPERATORS if operator.handles(module)), None)
         if module in heads and RazorLMHead.handles(module):
             operator = RazorLMHead
@@ -182,6 +195,7 @@ def get_razor_model(model: Model, config: RazorConfig | None = None) -> Model:
             f"no module of this {type(model).__name__} that can be replaced is matched by " + "; ".join(unmatched)
         )
     replaced = {name: found for name, found in replaced.items() if matches_target(config, name)}
+    replaced |= {name: (block, RazorBlock) for name, block in blocks.items()}
     if not replaced:
         raise ValueError(
             f"nothing to replace in this {type(model).__name__}: it has no layer of a kind that razor handles"
@@ -192,6 +206,7 @@ def get_razor_model(model: Model, config: RazorConfig | None = None) -> Model:
 
     for name, (module, operator) in replaced.items():
         operator.install(module, config.resolve(name))
+    stack_blocks(blocks)
     for prepared in whole:
         extend(prepared, RazorModel)
         prepared.razor_config = config

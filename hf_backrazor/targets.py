@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import regex
@@ -21,6 +21,8 @@ class Targets(Protocol):
     @property
     def layers_to_transform(self) -> list[int] | int | None: ...
     @property
+    def recompute_modules(self) -> list[str] | str | None: ...
+    @property
     def overrides(self) -> Mapping[str, Mapping[str, Any]]: ...
 
 
@@ -30,11 +32,48 @@ def matches_target(config: Targets, name: str) -> bool:
     A module without a layer index in its name is in no layer, so it does not match if `layers_to_transform`
     is set.
     """
-    if config.exclude_modules is not None and _is_listed(config.exclude_modules, name):
-        return False
     if config.target_modules is not None and not _is_listed(config.target_modules, name):
         return False
-    return config.layers_to_transform is None or layer_index(name) in _layers(config)
+    return not is_excluded(config, name)
+
+
+def is_excluded(config: Targets, name: str) -> bool:
+    """Whether the module called `name` is excluded, or in none of the layers asked for."""
+    if config.exclude_modules is not None and _is_listed(config.exclude_modules, name):
+        return True
+    return config.layers_to_transform is not None and layer_index(name) not in _layers(config)
+
+
+def matches_block(config: Targets, name: str, *classes: str) -> bool:
+    """Whether the module called `name`, of classes of these names, is named as a block that is computed again.
+
+    Without `recompute_modules`, those of Transformers' `GradientCheckpointingLayer` are.
+    """
+    modules = config.recompute_modules
+    if modules is None:
+        return "GradientCheckpointingLayer" in classes
+    if isinstance(modules, str):
+        return any(_fullmatch(modules, each) for each in (name, *classes))
+    return any(_is_entry(entry, name) or entry in classes for entry in modules)
+
+
+def unmatched_blocks(config: Targets, modules: Iterable[tuple[str, Sequence[str]]]) -> list[str]:
+    """What in `recompute_modules` matches none of the modules, each a name and the names of its classes; in words."""
+    entries = config.recompute_modules
+    if entries is None:
+        return []
+    modules = list(modules)
+    if isinstance(entries, str):
+        return (
+            []
+            if any(matches_block(config, name, *classes) for name, classes in modules)
+            else [f"recompute_modules regex {entries!r}"]
+        )
+    return [
+        f"recompute_modules entry {entry!r}"
+        for entry in entries
+        if not any(_is_entry(entry, name) or entry in classes for name, classes in modules)
+    ]
 
 
 def unmatched_targets(config: Targets, names: Iterable[str]) -> list[str]:

@@ -1,8 +1,8 @@
 """Razor versions of the modules that models are made of.
 
-An operator is one class, derived from `RazorModule`, in one file of this folder; `OPERATORS` lists them. Two stand
-beside the list, as a type does not tell which layer is a language model's head (`RazorLMHead`), nor which module is the
-model itself (`RazorOutermost`).
+An operator is one class, derived from `RazorModule`, in one file of this folder; `OPERATORS` lists them. Three stand
+beside the list, as a type does not tell which layer is a language model's head (`RazorLMHead`), which module is the
+model itself (`RazorOutermost`), nor which modules are to be computed again (`RazorBlock`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from .activation import RazorActivation
 from .attention import RazorAttention
 from .base import RazorModule
 from .batch_norm import RazorBatchNorm
+from .block import RazorBlock, find_blocks, stack_blocks, sums_of_streams
 from .convolution import RazorConvolution
 from .dropout import RazorDropout
 from .group_norm import RazorGroupNorm, RazorInstanceNorm
@@ -45,6 +46,7 @@ __all__ = [
     "RazorAttention",
     "RazorAveragePool2d",
     "RazorBatchNorm",
+    "RazorBlock",
     "RazorConv1D",
     "RazorConvolution",
     "RazorDropout",
@@ -59,4 +61,7 @@ __all__ = [
     "RazorOutermost",
     "RazorRMSNorm",
     "RazorZeroPad",
+    "find_blocks",
+    "stack_blocks",
+    "sums_of_streams",
 ]

@@ -1,0 +1,116 @@
+"""Activation checkpointing that packs what it keeps: a block is computed again from its packed input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
+
+from .masks import PackedMask, pack_mask
+
+
+def packed_checkpoint(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    x: Tensor | None = None,
+    restore: Callable[[], Tensor] | None = None,
+    masks: Sequence[Tensor] = (),
+) -> Any:
+    """Call `function`, and keep for backward nothing but its arguments; one of them packed.
+
+    Backward calls it once more, with what is restored of the packed one, and goes on through what this call has saved:
+    non-reentrant `torch.utils.checkpoint`, with its replayed random numbers, autocast state and checks. The result is
+    that of a plain call.
+
+    Args:
+        function: a block's plain forward.
+        args: its arguments.
+        kwargs: its arguments by name.
+        x: the one among them that is packed; None if there is none.
+        restore: gives that one again.
+        masks: those among the arguments that are attention masks, and are packed (see `pack_mask`). All other tensors
+            are kept as they are; what several blocks are given is kept once.
+    """
+    leaves, tree = tree_flatten((tuple(args), dict(kwargs)))
+    call = _Call(function, leaves, tree, x, restore, masks)
+    return checkpoint(call, *call.kept, use_reentrant=False)
+
+
+class _Call:
+    """A call that can be made again from what is kept of its arguments.
+
+    Attributes:
+        kept: tensors that stand for those among the arguments.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        leaves: list[Any],
+        tree: TreeSpec,
+        x: Tensor | None,
+        restore: Callable[[], Tensor] | None,
+        masks: Sequence[Tensor],
+    ) -> None:
+        self._function, self._tree, self._restore = function, tree, restore
+        self._memory_format = torch.contiguous_format if x is None else _memory_format(x)
+        self._requires_grad = x is not None and x.requires_grad
+        self._first: list[Any] | None = leaves
+        packed = {id(mask): pack_mask(mask) for mask in masks}
+        self._leaves: list[Any] = []
+        self.kept: list[Tensor] = []
+        for leaf in leaves:
+            if x is not None and leaf is x:
+                self._leaves.append(_X)
+            elif isinstance(leaf, Tensor):
+                mask = packed.get(id(leaf))
+                self._leaves.append(_Kept(len(self.kept), mask))
+                self.kept.append(leaf if mask is None else mask.part)
+            else:
+                self._leaves.append(leaf)
+
+    def __call__(self, *kept: Tensor) -> Any:
+        # The arguments themselves, once: they are not to live as long as this.
+        leaves, self._first = self._first, None
+        if leaves is None:
+            leaves = self._restored(kept)
+        args, kwargs = tree_unflatten(leaves, self._tree)
+        del leaves
+        return self._function(*args, **kwargs)
+
+    def _restored(self, kept: Sequence[Tensor]) -> list[Any]:
+        x = None
+        if self._restore is not None:
+            with torch.no_grad():
+                x = self._restore().contiguous(memory_format=self._memory_format)
+            x.requires_grad_(self._requires_grad)
+        return [x if leaf is _X else leaf.of(kept) if isinstance(leaf, _Kept) else leaf for leaf in self._leaves]
+
+
+_X = object()
+
+
+class _Kept:
+    """The place of a tensor among those that are kept, and how it is read there."""
+
+    def __init__(self, place: int, mask: PackedMask | None) -> None:
+        self._place = place
+        # Blocks above find and share what this keeps alive.
+        self._mask = mask
+
+    def of(self, kept: Sequence[Tensor]) -> Tensor:
+        """The tensor."""
+        tensor = kept[self._place]
+        return tensor if self._mask is None else self._mask.layout.unpack(tensor)
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    for dimensions, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if x.dim() == dimensions and not x.is_contiguous() and x.is_contiguous(memory_format=memory_format):
+            return memory_format
+    return torch.contiguous_format

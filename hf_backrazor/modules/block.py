@@ -1,0 +1,263 @@
+"""Whole blocks that are computed again in backward, from their packed input."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+from weakref import WeakSet, ref
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
+from transformers.utils import logging
+
+from ..config import RazorConfig
+from ..functional.checkpoint import packed_checkpoint
+from ..functional.stream import Stream
+from ..packing import PackSpec
+from ..targets import is_excluded, matches_block, unmatched_blocks
+from .base import RazorModule
+
+logger = logging.get_logger(__name__)
+
+# The first input of a stream is kept nearly whole: 8 bits, with some elements exact, have a cosine of 0.9999.
+FIRST_BITS = 8
+
+# Caches of keys, values and states, by the names that blocks give them. Running a block again would add to them again.
+_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
+
+
+class Stack:
+    """Blocks that follow each other, and what their forwards share: the stream that their inputs are stored in.
+
+    Args:
+        size: how many blocks there are.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"size": self.size}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.size = state["size"]
+        self._reset()
+
+    def _reset(self) -> None:
+        # One for each thread: replicas of a model share this. Only the graph keeps a stream alive.
+        self._current = threading.local()
+        self.streams: WeakSet[Stream] = WeakSet()
+
+    def stream_for(self, index: int, x: Tensor) -> Stream | None:
+        """The stream that the input `x` of the block at `index` continues; None if there is none.
+
+        That is the one that the block before has just been stored in, if its inputs were like this one.
+        """
+        stream, last = getattr(self._current, "stream", None), getattr(self._current, "index", None)
+        stream = stream() if stream is not None and last == index - 1 else None
+        same = stream is not None and (stream.shape, stream.dtype) == (x.shape, x.dtype)
+        return stream if same and stream.device == x.device else None
+
+    def continue_with(self, stream: Stream, index: int) -> None:
+        """Note that the block at `index` was stored in `stream`."""
+        self._current.stream, self._current.index = ref(stream), index
+        self.streams.add(stream)
+        if index == self.size - 1:
+            stream.end()
+
+
+class RazorBlock(RazorModule):
+    """A block that is computed again in backward, by its own plain code, from its packed input.
+
+    Attributes:
+        razor_stack: the blocks that it belongs to.
+        razor_index: its place among them.
+        razor_follows: whether its input is stored as the difference from that of the block before; None: not known
+            before its first forward.
+    """
+
+    kind = "block"
+    # FSDP and device maps know these layers by the name of their class.
+    name_prefix = ""
+    razor_stack: Stack
+    razor_index: int
+    razor_follows: bool | None
+
+    @classmethod
+    def handles(cls, module: nn.Module) -> bool:
+        """See `RazorModule.handles`: any module can be computed again."""
+        return True
+
+    @classmethod
+    def install(cls, module: nn.Module, config: RazorConfig) -> None:
+        """See `RazorModule.install`."""
+        super().install(module, config)
+        module.razor_stack, module.razor_index, module.razor_follows = Stack(1), 0, None
+        # Put there by Accelerate, which moves inputs and weights to where they belong: part of what is computed again.
+        module.razor_instance_forward = module.__dict__.pop("forward", None)
+
+    def clear(self) -> None:
+        """See `RazorModule.clear`."""
+        if (forward := self.razor_instance_forward) is not None:
+            self.__dict__["forward"] = forward
+        super().clear()
+
+    @classmethod
+    def members(cls, plain_class: type[nn.Module]) -> dict[str, Any]:
+        """See `Extension.members`: a forward with the plain one's signature."""
+
+        @functools.wraps(plain_class.forward)
+        def forward(self: RazorBlock, *args: Any, **kwargs: Any) -> Any:
+            return self._forward(functools.partial(plain_class.forward, self), args, kwargs)
+
+        members: dict[str, Any] = {"forward": forward}
+        if hasattr(plain_class, "gradient_checkpointing"):
+            members["gradient_checkpointing"] = property(_plain_checkpointing, _take_over)
+        return members
+
+    def _forward(self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The plain forward's result; of what it saves, only its arguments are kept."""
+        plain = self.razor_instance_forward or plain
+        names = _argument_names(self.plain_class)
+        x = args[0] if args else kwargs.get(names[0]) if names else None
+        if not self._recomputes(x, kwargs):
+            return plain(*args, **kwargs)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        caches = {name: given[name] for name in _CACHES if given.get(name) is not None}
+        if caches and not getattr(self, "_can_checkpoint_with_cache", False):
+            if any(self._is_filled(cache) for cache in caches.values()):
+                logger.warning_once(
+                    "razor: a cache that holds keys and values already is given in training, as by prefix tuning; the "
+                    "blocks that read it are saved dense"
+                )
+                return plain(*args, **kwargs)
+            logger.warning_once(
+                "razor: blocks that are computed again in backward do not fill a cache; set `use_cache=False`"
+            )
+            # Those given by position have names as well.
+            args, kwargs = args[:1], {**{name: given[name] for name in names[1 : len(args)]}, **kwargs}
+            kwargs |= dict.fromkeys(caches) | ({"use_cache": False} if kwargs.get("use_cache") else {})
+        masks = [value for name, value in given.items() if _is_mask(name, value)]
+        if self.razor_config.stream_bits == 32 or not self.razor_config.sparsity or not self.worth_packing(x):
+            return packed_checkpoint(plain, args, kwargs, masks=masks)
+        return packed_checkpoint(plain, args, kwargs, x, self._store(x), masks)
+
+    def _recomputes(self, x: Any, kwargs: Mapping[str, Any]) -> bool:
+        """Whether this call saves anything that is worth to be computed again."""
+        if not isinstance(x, Tensor) or not self.training:
+            return False
+        tensors = (x, *(value for value in kwargs.values() if isinstance(value, Tensor)))
+        return self.razor_active(*tensors) or self.razor_active(*self.parameters())
+
+    def _is_filled(self, cache: Any) -> bool:
+        if not hasattr(cache, "get_seq_length"):
+            return False
+        layer = next((m.layer_idx for m in self.modules() if isinstance(getattr(m, "layer_idx", None), int)), 0)
+        return int(cache.get_seq_length(layer)) > 0
+
+    def _store(self, x: Tensor) -> Callable[[], Tensor]:
+        """Store `x`, and say how it is restored."""
+        stack, index = self.razor_stack, self.razor_index
+        stream = None if self.razor_follows is False else stack.stream_for(index, x)
+        if stream is not None and self.razor_follows is None and not is_fake(x) and not x.is_meta:
+            # Where stages change, inputs may have nothing in common. Looked at once, as the host waits for the answer.
+            self.razor_follows = stream.is_like(x)
+            stream = stream if self.razor_follows else None
+        bits = self.razor_config.stream_bits if stream is not None else FIRST_BITS
+        stream = Stream(x) if stream is None else stream
+        stored = stream.append(x, self._spec(x, bits))
+        stack.continue_with(stream, index)
+        return functools.partial(stream.restore, stored)
+
+    def _spec(self, x: Tensor, bits: int) -> PackSpec:
+        config = self.razor_config
+        row_dims = x.dim() - 2 if x.dim() > 3 and self._has_convolutions(x.dim() - 2) else 1
+        return PackSpec(config.sparsity, "row", bits, config.value_dtype, row_dims=row_dims)
+
+    def _has_convolutions(self, dimensions: int) -> bool:
+        return any(isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]) for m in self.modules())
+
+    def razor_repr(self) -> str:
+        """See `RazorModule.razor_repr`."""
+        bits = self.razor_config.stream_bits
+        return "razor=computed again from its input" + (f" in {bits} bits" if bits < 32 else "")
+
+
+def find_blocks(model: nn.Module, config: RazorConfig) -> dict[str, nn.Module]:
+    """Names and modules of the blocks that are to be computed again: of those inside of each other, the innermost.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = {
+        name: module for name, module in model.named_modules() if name and matches_block(config, name, *_kinds(module))
+    }
+    if unmatched := unmatched_blocks(config, ((name, _kinds(module)) for name, module in model.named_modules())):
+        raise ValueError(f"no module of this {type(model).__name__} is matched by " + "; ".join(unmatched))
+    outer = {name[:end] for name in found for end, letter in enumerate(name) if letter == "."}
+    found = {name: module for name, module in found.items() if name not in outer and not is_excluded(config, name)}
+    if not found:
+        raise ValueError(
+            f'recompute="blocks": this {type(model).__name__} has no blocks of Transformers\' '
+            "(GradientCheckpointingLayer) that are not excluded; name those to compute again by `recompute_modules`: "
+            "by their class or their own names"
+        )
+    return found
+
+
+def _kinds(module: nn.Module) -> list[str]:
+    """Names of the module's classes."""
+    return [cls.__name__ for cls in type(module).__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module]
+
+
+def stack_blocks(blocks: Mapping[str, RazorBlock]) -> None:
+    """Let blocks that belong to the same list of modules store their inputs in one stream.
+
+    Args:
+        blocks: by their names in the model.
+    """
+    stacks: dict[str, list[RazorBlock]] = defaultdict(list)
+    for name, block in blocks.items():
+        stacks[name.rpartition(".")[0]].append(block)
+    for members in stacks.values():
+        stack = Stack(len(members))
+        for index, block in enumerate(members):
+            block.razor_stack, block.razor_index = stack, index
+
+
+def sums_of_streams(model: nn.Module) -> dict[Stream, int]:
+    """The streams of `model` that are alive now, and bytes of their running sums, which are no part of a graph."""
+    stacks = {module.razor_stack for module in model.modules() if isinstance(module, RazorBlock)}
+    return {stream: stream.sum_bytes for stack in stacks for stream in stack.streams}
+
+
+def _is_mask(name: str, value: Any) -> bool:
+    # Those of two dimensions are small, and model code reads them in other ways.
+    return name.endswith("mask") and isinstance(value, Tensor) and value.dim() > 2
+
+
+@cache
+def _argument_names(cls: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the arguments of the class's forward that may be given by position."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(name for name, each in inspect.signature(cls.forward).parameters.items() if each.kind in kinds)[1:]
+
+
+def _plain_checkpointing(block: RazorBlock) -> bool:
+    """What model code reads as `gradient_checkpointing`: with razor, the block is checkpointed already."""
+    return block.__dict__.get("gradient_checkpointing", False) and not block.razor_enabled
+
+
+def _take_over(block: RazorBlock, value: bool) -> None:
+    if value:
+        logger.warning_once(
+            "razor: `gradient_checkpointing` is taken over: blocks are computed again from their packed input as it is "
+            '(`recompute="blocks"`), and not a second time'
+        )
+    block.__dict__["gradient_checkpointing"] = value
