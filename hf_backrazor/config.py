@@ -70,7 +70,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
     },
     "balanced": {},
     "fast": {"weight_gradient": "int8"},
-    "compact": {"recompute": "blocks"},
+    # Little is left outside of the blocks, but what its gradient loses goes through all of them.
+    "compact": {"recompute": "blocks", "residual_bits": 4, "norm_bits": 4, "activation_bits": 8, "qkv_bits": 8},
 }
 PRESETS = tuple(_PRESETS)
 

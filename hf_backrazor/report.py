@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
-from .modules import OPERATORS, RazorModule
+from .modules import OPERATORS, RazorModule, running_sums
 
 
 @dataclass(frozen=True)
@@ -171,8 +171,12 @@ def record_saved_bytes(model: nn.Module, known: Iterable[Tensor], forward: Calla
         return lambda: count(-1)
 
     with undisturbed(model), _following(model, running), _noting_saved(note, known), torch.enable_grad():
+        before = running_sums(model)
         # The result holds the graph until all is counted.
         result = forward()
+        for stream, (name, nbytes) in running_sums(model).items():
+            if stream not in before:
+                by_module[name] += nbytes
     del result
     return SavedBytes(dict(by_module), dict(elements))
 

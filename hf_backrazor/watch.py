@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from .modules import RazorLMHead, RazorModule
+from .modules import RazorBlock, RazorLMHead, RazorModule
 
 
 def is_first_forward(model: nn.Module) -> bool:
@@ -54,7 +54,7 @@ def _notice_cache(output: Any) -> None:
 def _notice_checkpointing(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if getattr(module, "gradient_checkpointing", False) and any(
-            isinstance(m, RazorModule) for m in module.modules()
+            isinstance(m, RazorModule) and not isinstance(m, RazorBlock) for m in _own_modules(module)
         ):
             warnings.warn(
                 f"activation checkpointing is on (first in {name or 'the model itself'}): it saves the inputs of whole "

@@ -58,7 +58,7 @@ class _Call:
         masks: Sequence[Tensor],
     ) -> None:
         self._function, self._tree, self._restore = function, tree, restore
-        self._memory_format = torch.contiguous_format if x is None else _memory_format(x)
+        self._strides = None if x is None or x.is_contiguous() else x.stride()
         self._requires_grad = x is not None and x.requires_grad
         self._first: list[Any] | None = leaves
         packed = {id(mask): pack_mask(mask) for mask in masks}
@@ -87,7 +87,9 @@ class _Call:
         x = None
         if self._restore is not None:
             with torch.no_grad():
-                x = self._restore().contiguous(memory_format=self._memory_format)
+                x = self._restore()
+                # Operators of torch go other ways for other strides, and save other things on these.
+                x = x if self._strides is None else _with_strides(x, self._strides)
             x.requires_grad_(self._requires_grad)
         return [x if leaf is _X else leaf.of(kept) if isinstance(leaf, _Kept) else leaf for leaf in self._leaves]
 
@@ -109,8 +111,15 @@ class _Kept:
         return tensor if self._mask is None else self._mask.layout.unpack(tensor)
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
-    for dimensions, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if x.dim() == dimensions and not x.is_contiguous() and x.is_contiguous(memory_format=memory_format):
-            return memory_format
-    return torch.contiguous_format
+def _with_strides(x: Tensor, strides: Sequence[int]) -> Tensor:
+    """`x` laid out with these strides; as it is if elements that are not the same would lie at one place."""
+    shape = x.shape
+    for dim, stride in enumerate(strides):
+        if stride == 0 and shape[dim]:
+            x = x.narrow(dim, 0, 1)  # of what was expanded, all are the same
+    reach = 0
+    for stride, size in sorted(zip(strides, x.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return x.expand(shape)
+        reach += (size - 1) * stride
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x).expand(shape)

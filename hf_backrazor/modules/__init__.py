@@ -11,7 +11,7 @@ from .activation import RazorActivation
 from .attention import RazorAttention
 from .base import RazorModule
 from .batch_norm import RazorBatchNorm
-from .block import RazorBlock, find_blocks, stack_blocks, sums_of_streams
+from .block import RazorBlock, find_blocks, running_sums, stack_blocks
 from .convolution import RazorConvolution
 from .dropout import RazorDropout
 from .group_norm import RazorGroupNorm, RazorInstanceNorm
@@ -63,5 +63,5 @@ __all__ = [
     "RazorZeroPad",
     "find_blocks",
     "stack_blocks",
-    "sums_of_streams",
+    "running_sums",
 ]

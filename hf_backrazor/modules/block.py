@@ -231,10 +231,17 @@ def stack_blocks(blocks: Mapping[str, RazorBlock]) -> None:
             block.razor_stack, block.razor_index = stack, index
 
 
-def sums_of_streams(model: nn.Module) -> dict[Stream, int]:
-    """The streams of `model` that are alive now, and bytes of their running sums, which are no part of a graph."""
-    stacks = {module.razor_stack for module in model.modules() if isinstance(module, RazorBlock)}
-    return {stream: stream.sum_bytes for stack in stacks for stream in stack.streams}
+def running_sums(model: nn.Module) -> dict[Stream, tuple[str, int]]:
+    """The streams of `model` that are alive, each with a block it belongs to, and the bytes of its running sum.
+
+    That is a tensor which changes in backward, and so is none that autograd saves.
+    """
+    found: dict[Stream, tuple[str, int]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, RazorBlock):
+            for stream in module.razor_stack.streams:
+                found.setdefault(stream, (name, stream.sum_bytes))
+    return found
 
 
 def _is_mask(name: str, value: Any) -> bool:
