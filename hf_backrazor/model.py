@@ -190,7 +190,7 @@ def get_razor_model(model: Model, config: RazorConfig | None = None) -> Model:
         elif matches_target(config, name):
             for reason in filter(None, (operator.cannot_handle(module) for operator in OPERATORS)):
                 skipped[reason].append(name)
-    if unmatched := unmatched_targets(config, list(replaced)):
+    if unmatched := unmatched_targets(config, [*replaced, *blocks]):
         raise ValueError(
             f"no module of this {type(model).__name__} that can be replaced is matched by " + "; ".join(unmatched)
         )

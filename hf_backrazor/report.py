@@ -175,7 +175,7 @@ def record_saved_bytes(model: nn.Module, known: Iterable[Tensor], forward: Calla
         # The result holds the graph until all is counted.
         result = forward()
         for stream, (name, nbytes) in running_sums(model).items():
-            if stream not in before:
+            if nbytes and stream not in before:
                 by_module[name] += nbytes
     del result
     return SavedBytes(dict(by_module), dict(elements))

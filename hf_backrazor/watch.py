@@ -53,9 +53,9 @@ def _notice_cache(output: Any) -> None:
 
 def _notice_checkpointing(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if getattr(module, "gradient_checkpointing", False) and any(
-            isinstance(m, RazorModule) and not isinstance(m, RazorBlock) for m in _own_modules(module)
-        ):
+        inside = [m for m in module.modules() if isinstance(m, RazorModule)]
+        taken_over = any(isinstance(m, RazorBlock) for m in inside)
+        if getattr(module, "gradient_checkpointing", False) and inside and not taken_over:
             warnings.warn(
                 f"activation checkpointing is on (first in {name or 'the model itself'}): it saves the inputs of whole "
                 "blocks and computes the rest again, so that packing what lies inside gains little; use one of the two",

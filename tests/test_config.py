@@ -37,6 +37,7 @@ values: dict[str, st.SearchStrategy] = {name: st.sampled_from(choices) for name,
     "sparsity": st.floats(0, 1, exclude_max=True) | st.just(0),
     "min_numel": st.integers(0, 10**9),
     "target_modules": st.none() | names | st.lists(names, min_size=1),
+    "recompute_modules": st.none() | names | st.lists(names, min_size=1),
     "exclude_modules": st.none() | names | st.lists(names),
     "layers_to_transform": st.none() | layers | st.lists(layers, min_size=1),
     "base_model_name_or_path": st.none() | texts,
@@ -44,7 +45,14 @@ values: dict[str, st.SearchStrategy] = {name: st.sampled_from(choices) for name,
 }
 operator_fields = st.fixed_dictionaries({}, optional={name: values[name] for name in PER_OPERATOR_FIELDS})
 values["overrides"] = st.dictionaries(names, operator_fields, max_size=4)
-configs = st.fixed_dictionaries({}, optional=values).map(lambda fields: RazorConfig(**fields))
+
+
+def _config(fields: dict[str, Any]) -> RazorConfig:
+    named = fields.get("recompute_modules") is not None  # which only mean something with blocks
+    return RazorConfig(**{**fields, **({"recompute": "blocks"} if named else {})})
+
+
+configs = st.fixed_dictionaries({}, optional=values).map(_config)
 
 # No deadline: the machine may be busy with something else.
 examples = settings(max_examples=60, deadline=None)
@@ -61,6 +69,7 @@ WRONG: dict[str, list[Any]] = {
     "sparsity": [1, 1.0, -0.1, float("inf"), True, False, "0.9", None, [0.9]],
     "min_numel": [*NOT_AN_INDEX, None, [1]],
     "target_modules": [*NOT_MODULES, []],
+    "recompute_modules": [*NOT_MODULES, []],
     "exclude_modules": NOT_MODULES,
     "layers_to_transform": [*NOT_AN_INDEX, [], set(), *([item] for item in NOT_AN_INDEX), [[1]]],
     "overrides": [

@@ -20,6 +20,7 @@ def packed_checkpoint(
     x: Tensor | None = None,
     restore: Callable[[], Tensor] | None = None,
     masks: Sequence[Tensor] = (),
+    again: Callable[..., Any] | None = None,
 ) -> Any:
     """Call `function`, and keep for backward nothing but its arguments; one of them packed.
 
@@ -35,9 +36,10 @@ def packed_checkpoint(
         restore: gives that one again.
         masks: those among the arguments that are attention masks, and are packed (see `pack_mask`). All other tensors
             are kept as they are; what several blocks are given is kept once.
+        again: called in place of `function` in backward (default: `function`).
     """
     leaves, tree = tree_flatten((tuple(args), dict(kwargs)))
-    call = _Call(function, leaves, tree, x, restore, masks)
+    call = _Call(function, again or function, leaves, tree, x, restore, masks)
     return checkpoint(call, *call.kept, use_reentrant=False)
 
 
@@ -51,13 +53,14 @@ class _Call:
     def __init__(
         self,
         function: Callable[..., Any],
+        again: Callable[..., Any],
         leaves: list[Any],
         tree: TreeSpec,
         x: Tensor | None,
         restore: Callable[[], Tensor] | None,
         masks: Sequence[Tensor],
     ) -> None:
-        self._function, self._tree, self._restore = function, tree, restore
+        self._function, self._again, self._tree, self._restore = function, again, tree, restore
         self._strides = None if x is None or x.is_contiguous() else x.stride()
         self._requires_grad = x is not None and x.requires_grad
         self._first: list[Any] | None = leaves
@@ -77,11 +80,12 @@ class _Call:
     def __call__(self, *kept: Tensor) -> Any:
         # The arguments themselves, once: they are not to live as long as this.
         leaves, self._first = self._first, None
+        function = self._function
         if leaves is None:
-            leaves = self._restored(kept)
+            leaves, function = self._restored(kept), self._again
         args, kwargs = tree_unflatten(leaves, self._tree)
         del leaves
-        return self._function(*args, **kwargs)
+        return function(*args, **kwargs)
 
     def _restored(self, kept: Sequence[Tensor]) -> list[Any]:
         x = None

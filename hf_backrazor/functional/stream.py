@@ -131,11 +131,15 @@ class StoredInput:
         self.place, self.layout = place, packed.layout
         with torch.enable_grad():
             self._node = _Save.apply(torch.empty(0, requires_grad=True), *packed.parts).grad_fn
+        self._parts: tuple[Tensor, ...] | None = None
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
         """The parts of the packed difference."""
-        return self._node.saved_tensors
+        # Once: a checkpoint around this hands each tensor out a single time.
+        if self._parts is None:
+            self._parts = self._node.saved_tensors
+        return self._parts
 
 
 class _Save(torch.autograd.Function):

@@ -62,6 +62,6 @@ __all__ = [
     "RazorRMSNorm",
     "RazorZeroPad",
     "find_blocks",
-    "stack_blocks",
     "running_sums",
+    "stack_blocks",
 ]

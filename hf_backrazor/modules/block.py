@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 from weakref import WeakSet, ref
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from transformers.utils import logging
@@ -80,6 +81,8 @@ class RazorBlock(RazorModule):
         razor_index: its place among them.
         razor_follows: whether its input is stored as the difference from that of the block before; None: not known
             before its first forward.
+        razor_changing: names of the buffers that its forward changes, as batch norms do; None: not known before the
+            first.
     """
 
     kind = "block"
@@ -88,6 +91,7 @@ class RazorBlock(RazorModule):
     razor_stack: Stack
     razor_index: int
     razor_follows: bool | None
+    razor_changing: tuple[str, ...] | None
 
     @classmethod
     def handles(cls, module: nn.Module) -> bool:
@@ -98,7 +102,8 @@ class RazorBlock(RazorModule):
     def install(cls, module: nn.Module, config: RazorConfig) -> None:
         """See `RazorModule.install`."""
         super().install(module, config)
-        module.razor_stack, module.razor_index, module.razor_follows = Stack(1), 0, None
+        module.razor_stack, module.razor_index = Stack(1), 0
+        module.razor_follows = module.razor_changing = None
         # Put there by Accelerate, which moves inputs and weights to where they belong: part of what is computed again.
         module.razor_instance_forward = module.__dict__.pop("forward", None)
 
@@ -144,9 +149,23 @@ class RazorBlock(RazorModule):
             args, kwargs = args[:1], {**{name: given[name] for name in names[1 : len(args)]}, **kwargs}
             kwargs |= dict.fromkeys(caches) | ({"use_cache": False} if kwargs.get("use_cache") else {})
         masks = [value for name, value in given.items() if _is_mask(name, value)]
-        if self.razor_config.stream_bits == 32 or not self.razor_config.sparsity or not self.worth_packing(x):
-            return packed_checkpoint(plain, args, kwargs, masks=masks)
-        return packed_checkpoint(plain, args, kwargs, x, self._store(x), masks)
+        exact = self.razor_config.stream_bits == 32 or not self.razor_config.sparsity or not self.worth_packing(x)
+        packed = () if exact else (x, self._store(x))
+        buffers = self._changing_buffers()
+        again = functools.partial(_with_buffers, self, buffers, plain)
+        result = packed_checkpoint(plain, args, kwargs, *packed, masks=masks, again=again)
+        if self.razor_changing is None:
+            # By their values: batch norms change their statistics without a new version.
+            for name in [name for name, value in buffers.items() if torch.equal(self.get_buffer(name), value)]:
+                del buffers[name]
+            self.razor_changing = tuple(buffers)
+        return result
+
+    def _changing_buffers(self) -> dict[str, Tensor]:
+        """Copies of the buffers that a forward changes; of all, before that is known."""
+        names = self.razor_changing
+        names = [name for name, _ in self.named_buffers()] if names is None else names
+        return {name: self.get_buffer(name).clone() for name in names}
 
     def _recomputes(self, x: Any, kwargs: Mapping[str, Any]) -> bool:
         """Whether this call saves anything that is worth to be computed again."""
@@ -242,6 +261,26 @@ def running_sums(model: nn.Module) -> dict[Stream, tuple[str, int]]:
             for stream in module.razor_stack.streams:
                 found.setdefault(stream, (name, stream.sum_bytes))
     return found
+
+
+def _with_buffers(
+    block: RazorBlock, buffers: Mapping[str, Tensor], function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """`function(*args, **kwargs)`, with copies of these buffers in place of those of `block`.
+
+    So that it does what it did when they were like this, and the running statistics of batch norms move once a step.
+    """
+    present: list[tuple[nn.Module, str, Tensor]] = []
+    try:
+        for name, value in buffers.items():
+            path, _, last = name.rpartition(".")
+            owner = block.get_submodule(path)
+            present.append((owner, last, owner._buffers[last]))
+            owner._buffers[last] = value.clone()
+        return function(*args, **kwargs)
+    finally:
+        for owner, last, value in present:
+            owner._buffers[last] = value
 
 
 def _is_mask(name: str, value: Any) -> bool:
