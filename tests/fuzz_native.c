@@ -100,6 +100,7 @@ static void rows_case(void) {
     const float *dense = floats(count, kind);
     uint16_t *as_half = half ? halves(count) : NULL;
     float thresholds[7] = {0.2f, 0.5f, 0.8f, 1.0f, 1.3f, 1.7f, 2.2f}, levels[16];
+    float positive[8] = {0.1f, 0.3f, 0.6f, 0.9f, 1.2f, 1.5f, 2.0f, 2.5f};
     pack_args p = {.x = half ? (const void *)as_half : dense, .x_dtype = half ? BFLOAT16 : FLOAT32, .n = n, .k = k};
     p.sizes[0] = 1, p.sizes[1] = outer, p.sizes[2] = inner;
     p.strides[1] = inner * stride, p.strides[2] = stride;
@@ -107,7 +108,7 @@ static void rows_case(void) {
     p.group = inner, p.centre = centred ? halves(outer * n) : NULL;
     p.coding = coding, p.value_dtype = value_dtype, p.values = buffer(rows * k * (value_dtype == FLOAT32 ? 4 : 2));
     p.index_stride = index_bytes(n, k, coding), p.index = buffer(rows * p.index_stride);
-    p.bits = bits, p.even = even, p.thresholds = thresholds, p.scale = buffer(rows * 2);
+    p.bits = bits, p.even = even, p.thresholds = thresholds, p.levels = positive, p.scale = buffer(rows * 2);
     p.fields_stride = bits ? code_bytes(n, bits) : 0, p.fields = buffer(rows * p.fields_stride);
     p.threads = between(1, 4);
     REQUIRE(hf_backrazor_pack(&p) == DONE);

@@ -45,6 +45,7 @@ class _PackArgs(ctypes.Structure):
         ("bits", _int),
         ("even", _int),
         ("thresholds", _pointer),
+        ("levels", _pointer),
         ("scale", _pointer),
         ("fields", _pointer),
         ("fields_stride", _int),
@@ -116,6 +117,7 @@ def pack(
     code_bytes: int,
     even: bool,
     thresholds: Sequence[float],
+    levels: Sequence[float],
     value_dtype: torch.dtype,
 ) -> list[Tensor]:
     """Keep the `k` greatest magnitudes of each set, and code the rest; all in one pass.
@@ -131,8 +133,9 @@ def pack(
         index_bytes: bytes of a set's index.
         bits: of the codes, 0 to 4.
         code_bytes: bytes of a set's codes.
-        even: whether levels are even, and scale with the greatest magnitude; else with the root mean square.
+        even: whether levels are even, and chosen at the greatest magnitude; else at the root mean square.
         thresholds: between the positive levels.
+        levels: the positive ones.
         value_dtype: of kept values.
 
     Returns:
@@ -147,6 +150,7 @@ def pack(
     sizes, strides = layout
     mean, rstd, centre = (None if t is None else t.contiguous() for t in (mean, rstd, centre))
     table = (ctypes.c_float * max(1, len(thresholds)))(*thresholds)
+    positive = (ctypes.c_float * max(1, len(levels)))(*levels)
     arguments = _PackArgs(
         x=x.data_ptr(),
         x_dtype=DTYPES[x.dtype],
@@ -166,6 +170,7 @@ def pack(
         bits=bits,
         even=even,
         thresholds=ctypes.addressof(table),
+        levels=ctypes.addressof(positive),
         scale=scale.data_ptr(),
         fields=fields.data_ptr(),
         fields_stride=code_bytes,
@@ -176,7 +181,21 @@ def pack(
 
 
 def _fake_pack(
-    x: Tensor, mean, rstd, centre, group, n, k, coding, index_bytes, bits, code_bytes, even, thresholds, value_dtype
+    x: Tensor,
+    mean,
+    rstd,
+    centre,
+    group,
+    n,
+    k,
+    coding,
+    index_bytes,
+    bits,
+    code_bytes,
+    even,
+    thresholds,
+    levels,
+    value_dtype,
 ) -> list[Tensor]:
     return new_parts(x, n, k, index_bytes, bits, code_bytes, value_dtype)
 
@@ -338,7 +357,7 @@ def address(x: Tensor | None) -> int | None:
 _operators = torch.library.Library("hf_backrazor", "FRAGMENT")
 _operators.define(
     "pack(Tensor x, Tensor? mean, Tensor? rstd, Tensor? centre, int group, int n, int k, str coding, int index_bytes, "
-    "int bits, int code_bytes, bool even, float[] thresholds, ScalarType value_dtype) -> Tensor[]"
+    "int bits, int code_bytes, bool even, float[] thresholds, float[] levels, ScalarType value_dtype) -> Tensor[]"
 )
 _operators.define(
     "unpack(Tensor? values, Tensor? index, Tensor? scale, Tensor? fields, Tensor? centre, int group, int first, "

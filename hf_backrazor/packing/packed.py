@@ -323,6 +323,7 @@ def _pack_natively(x: Tensor, layout: SparseLayout, mean: Tensor | None = None, 
         code_width(n, spec.bits) if spec.bits else 0,
         spec.levels == "even",
         thresholds_of(spec.bits, spec.levels) if spec.bits else (),
+        levels_of(spec.bits, spec.levels)[: 2 ** (spec.bits - 1)] if spec.bits else (),
         layout.value_dtype,
     )
     kept = (values, index.view(index_dtype(n, layout.coding))) if k else ()

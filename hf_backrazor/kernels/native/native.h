@@ -77,8 +77,9 @@ typedef struct {
     uint8_t *index;           /* (sets, index_stride) bytes */
     int64_t index_stride;
     int64_t bits;             /* 0 to 4 */
-    int64_t even;             /* evenly spaced levels, scaled by the greatest magnitude; else by the mean square */
-    const float *thresholds;  /* between the positive levels, for a scale of 1: 2^(bits-1) - 1 of them */
+    int64_t even;             /* evenly spaced levels, chosen at the greatest magnitude; else at the mean square */
+    const float *thresholds;  /* between the positive levels, for a scale of 1: 2^(bits-1) - 1 of them, ascending */
+    const float *levels;      /* the positive levels: 2^(bits-1) of them */
     uint16_t *scale;          /* bfloat16 (sets, 1) */
     uint8_t *fields;          /* (sets, fields_stride) bytes */
     int64_t fields_stride;

@@ -87,6 +87,7 @@ def pack_kernel(
     BITS: tl.constexpr,
     EVEN: tl.constexpr,
     THRESHOLDS: tl.constexpr,
+    LEVELS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -120,19 +121,24 @@ def pack_kernel(
                 tl.store(to, ((ends >> (8 * byte)) & 255).to(tl.uint8), mask=some)
         dense = tl.where(keep, 0.0, dense)
     if BITS > 0:
+        magnitude = (dense.to(tl.int32, bitcast=True) & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+        # In double precision, the order of summation does not show.
+        wide = magnitude.to(tl.float64)
+        squares = tl.sum(wide * wide, 1)
         if EVEN:
-            row_scale = tl.max(dense.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
+            reach = tl.max(magnitude.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
         else:
-            # In double precision, the order of summation does not show.
-            wide = dense.to(tl.float64)
-            row_scale = tl.sqrt(tl.sum(wide * wide, 1) / (n - k)).to(tl.float32)
-        row_scale = rounded(row_scale, tl.bfloat16)
-        tl.store(scale + row, row_scale.to(tl.bfloat16), mask=live)
-        bits = dense.to(tl.int32, bitcast=True)
-        codes = ((bits >> 31) & 1) << (BITS - 1)
-        magnitude = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+            reach = tl.sqrt(squares / (n - k)).to(tl.float32)
+        reach = rounded(reach, tl.bfloat16)
+        codes = (dense < 0).to(tl.int32) << (BITS - 1)
+        chosen = tl.zeros(magnitude.shape, tl.float32) + LEVELS[0]
         for j in tl.static_range(2 ** (BITS - 1) - 1):
-            codes += (magnitude > (row_scale * THRESHOLDS[j])[:, None]).to(tl.int32)
+            over = magnitude > (reach * THRESHOLDS[j])[:, None]
+            codes += over.to(tl.int32)
+            chosen = tl.where(over, LEVELS[j + 1], chosen)
+        products = tl.sum(wide * chosen.to(tl.float64), 1)
+        row_scale = tl.where(products == 0, 0.0, squares / products).to(tl.float32)
+        tl.store(scale + row, rounded(row_scale, tl.bfloat16).to(tl.bfloat16), mask=live)
         store_codes(tl.where(inside, codes, 0), fields, row, live, fields_stride, n, BITS, ROWS, BLOCK)
 
 
@@ -150,6 +156,7 @@ def pack(
     code_bytes: int,
     even: bool,
     thresholds: Sequence[float],
+    levels: Sequence[float],
     value_dtype: torch.dtype,
 ) -> list[Tensor]:
     """See `kernels.rows.pack`."""
@@ -186,6 +193,7 @@ def pack(
             BITS=bits,
             EVEN=even,
             THRESHOLDS=tuple(thresholds),
+            LEVELS=tuple(levels),
             **tile,
             **EXACT,
         )
