@@ -109,6 +109,7 @@ static void rows_case(void) {
     p.coding = coding, p.value_dtype = value_dtype, p.values = buffer(rows * k * (value_dtype == FLOAT32 ? 4 : 2));
     p.index_stride = index_bytes(n, k, coding), p.index = buffer(rows * p.index_stride);
     p.bits = bits, p.even = even, p.thresholds = thresholds, p.levels = positive, p.scale = buffer(rows * 2);
+    p.rotated = between(0, 1);
     p.fields_stride = bits ? code_bytes(n, bits) : 0, p.fields = buffer(rows * p.fields_stride);
     p.threads = between(1, 4);
     REQUIRE(hf_backrazor_pack(&p) == DONE);
@@ -119,6 +120,7 @@ static void rows_case(void) {
     u.scale = between(0, 3) ? p.scale : NULL, u.fields_stride = p.fields_stride;
     u.coding = coding, u.value_dtype = value_dtype, u.values = p.values, u.index = p.index;
     u.index_stride = p.index_stride, u.centre = p.centre, u.group = inner, u.keep_base = base;
+    u.rotated = p.rotated;
     u.out_dtype = out_half ? BFLOAT16 : FLOAT32, u.out = buffer(rows * n * (out_half ? 2 : 4));
     u.gain = between(0, 1) ? floats(rows, 0) : NULL, u.offset = between(0, 1) ? floats(rows, 0) : NULL;
     u.low = between(0, 1) ? 0.0f : -INFINITY, u.high = between(0, 1) ? 6.0f : INFINITY;

@@ -42,7 +42,7 @@ def test_the_library_was_compiled() -> None:
     assert load() is not None
 
 
-specs = st.builds(
+unrotated = st.builds(
     PackSpec,
     sparsity=st.sampled_from([0.3, 0.9, 0.97, 0.99, 1.0]),
     granularity=st.sampled_from(["row", "sample", "tensor"]),
@@ -51,11 +51,21 @@ specs = st.builds(
     levels=st.sampled_from(["gaussian", "even"]),
     centred=st.booleans(),
 )
+rotated = st.builds(
+    PackSpec,
+    sparsity=st.sampled_from([0.3, 0.9, 0.97, 0.99, 1.0]),
+    bits=st.sampled_from([1, 2, 3, 4]),
+    value_dtype=st.sampled_from(["auto", "float32", "float16"]),
+    centred=st.booleans(),
+    rotated=st.just(True),
+)
+specs = st.one_of(unrotated, rotated)
 shapes = st.one_of(
     st.tuples(st.integers(1, 9), st.integers(1, 700)),
     st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 130)),
     st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 4), st.sampled_from([1, 63, 64, 65, 257, 1500])),
 )
+ROTATED = PackSpec(0.99, bits=4, rotated=True)
 kinds = st.sampled_from(["normal", "tied", "zero", "sparse", "wild"])
 
 
@@ -121,7 +131,28 @@ def test_views_are_packed_like_copies(order: tuple[int, ...]) -> None:
     torch.testing.assert_close(view.unpack(), copy.unpack())
 
 
-@pytest.mark.parametrize("spec", [PackSpec(0.99, bits=3), PackSpec(0.9, "sample"), PackSpec(0.9, bits=4, centred=True)])
+@pytest.mark.parametrize("n", [*range(1, 34), 63, 64, 65, 96, 127, 128, 129, 203, 255, 256, 300, 576, 768])
+def test_rotates_rows_of_any_width(n: int) -> None:
+    x = torch.randn(5, n)
+    for bits in (1, 2, 3, 4):
+        spec = PackSpec(0.97, bits=bits, rotated=True)
+        packed = pack(x, spec)
+        with torch_only():
+            reference = pack(x, spec)
+            assert all(map(torch.equal, packed.parts, reference.parts))
+            expected = reference.unpack()
+        assert torch.equal(packed.unpack(), expected)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        PackSpec(0.99, bits=3),
+        PackSpec(0.9, "sample"),
+        PackSpec(0.9, bits=4, centred=True),
+        PackSpec(0.9, bits=4, centred=True, rotated=True),
+    ],
+)
 def test_threads_change_nothing(spec: PackSpec) -> None:
     x = torch.randn(6, 400, 193)
     threads = torch.get_num_threads()
@@ -165,7 +196,7 @@ class Record(TorchDispatchMode):
 
 def all_operators() -> None:
     x, grad, gamma = torch.randn(40, 300), torch.randn(40, 300), torch.randn(300)
-    for spec in (PackSpec(0.99, bits=3), PackSpec(1.0, bits=4, centred=True), PackSpec(0.8, "tensor")):
+    for spec in (PackSpec(0.99, bits=3), PackSpec(1.0, bits=4, centred=True, rotated=True), PackSpec(0.8, "tensor")):
         packed = pack(x, spec)
         packed.unpack()
     packed = pack(x, PackSpec(0.99, bits=3), rstd=torch.rand(40, 1))
@@ -344,7 +375,7 @@ def test_a_gradient_that_is_not_finite_shows_in_its_column_alone() -> None:
         assert found[[i for i in range(20) if i != 7]].isfinite().all()
 
 
-@pytest.mark.parametrize("spec", [PackSpec(0.99, bits=3), PackSpec(0.9), PackSpec(1.0, bits=2)])
+@pytest.mark.parametrize("spec", [PackSpec(0.99, bits=3), PackSpec(0.9), PackSpec(1.0, bits=2), ROTATED])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("centred", [True, False])
 def test_gradients_of_norms_are_the_torch_codes(spec: PackSpec, affine: bool, centred: bool) -> None:
@@ -463,7 +494,7 @@ def test_maps_rows_while_it_unpacks(spec, shape, kind, scaled, shifted, limits, 
 @pytest.mark.parametrize("by_batch", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("shape", [(3, 5, 9, 7), (1, 4, 130), (6, 40, 31, 17), (2, 3, 4, 5, 6)], ids=str)
-@pytest.mark.parametrize("spec", [PackSpec(0.99, bits=3), PackSpec(0.9), PackSpec(1.0, bits=2)])
+@pytest.mark.parametrize("spec", [PackSpec(0.99, bits=3), PackSpec(0.9), PackSpec(1.0, bits=2), ROTATED])
 def test_gradients_of_batch_norms_are_the_torch_codes(spec, shape, affine, by_batch) -> None:
     spec = replace(spec, row_dims=len(shape) - 2)
     packed, grad = pack(torch.randn(shape), spec), torch.randn(shape)
@@ -486,7 +517,7 @@ def test_gradients_of_batch_norms_are_the_torch_codes(spec, shape, affine, by_ba
 def test_new_operators_run_on_fake_tensors() -> None:
     packed = pack(torch.randn(2, 3, 8, 8), PackSpec(0.9, bits=2, row_dims=2))
     parts = packed.layout.split(packed.parts)
-    others = (torch.rand(3), True, *parts, packed.layout.kept, packed.layout.coding, 2, (0.5, 1.5, -0.5, -1.5))
+    others = (torch.rand(3), True, *parts, packed.layout.kept, packed.layout.coding, 2, (0.5, 1.5, -0.5, -1.5), False)
     utils = ("test_schema", "test_faketensor")
     arguments = (torch.randn(2, 3, 8, 8), *others)
     torch.library.opcheck(torch.ops.hf_backrazor.batch_norm_backward, arguments, test_utils=utils)

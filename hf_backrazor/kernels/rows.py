@@ -46,6 +46,7 @@ class _PackArgs(ctypes.Structure):
         ("even", _int),
         ("thresholds", _pointer),
         ("levels", _pointer),
+        ("rotated", _int),
         ("scale", _pointer),
         ("fields", _pointer),
         ("fields_stride", _int),
@@ -61,6 +62,7 @@ class UnpackArgs(ctypes.Structure):
         ("n", _int),
         ("bits", _int),
         ("levels", _pointer),
+        ("rotated", _int),
         ("scale", _pointer),
         ("fields", _pointer),
         ("fields_stride", _int),
@@ -118,6 +120,7 @@ def pack(
     even: bool,
     thresholds: Sequence[float],
     levels: Sequence[float],
+    rotated: bool,
     value_dtype: torch.dtype,
 ) -> list[Tensor]:
     """Keep the `k` greatest magnitudes of each set, and code the rest; all in one pass.
@@ -136,6 +139,7 @@ def pack(
         even: whether levels are even, and chosen at the greatest magnitude; else at the root mean square.
         thresholds: between the positive levels.
         levels: the positive ones.
+        rotated: whether what is left is turned before it is coded.
         value_dtype: of kept values.
 
     Returns:
@@ -171,6 +175,7 @@ def pack(
         even=even,
         thresholds=ctypes.addressof(table),
         levels=ctypes.addressof(positive),
+        rotated=rotated,
         scale=scale.data_ptr(),
         fields=fields.data_ptr(),
         fields_stride=code_bytes,
@@ -195,6 +200,7 @@ def _fake_pack(
     even,
     thresholds,
     levels,
+    rotated,
     value_dtype,
 ) -> list[Tensor]:
     return new_parts(x, n, k, index_bytes, bits, code_bytes, value_dtype)
@@ -242,6 +248,7 @@ def unpack(
     coding: str,
     bits: int,
     levels: Sequence[float],
+    rotated: bool,
     gain: Tensor | None,
     offset: Tensor | None,
     low: float,
@@ -259,6 +266,7 @@ def unpack(
         rows, n: of the result.
         k, coding, bits: as for `pack`.
         levels: what each code stands for at a scale of 1.
+        rotated: as for `pack`.
         gain, offset: float32, a number for each row; or None: 1 and 0.
         low, high: limits of the result, infinite for none.
         dtype: float32 or bfloat16.
@@ -269,7 +277,7 @@ def unpack(
     source = next(part for part in (values, fields, base) if part is not None)
     out = source.new_empty((rows, n), dtype=dtype) if base is None else base.clone()
     arguments, _used = unpack_arguments(
-        values, index, scale, fields, centre, group, first, rows, n, k, coding, bits, levels
+        values, index, scale, fields, centre, group, first, rows, n, k, coding, bits, levels, rotated
     )
     gain, offset = (None if t is None else t.contiguous() for t in (gain, offset))
     arguments.gain, arguments.offset = address(gain), address(offset)
@@ -296,6 +304,7 @@ def unpack_arguments(
     coding: str,
     bits: int,
     levels: Sequence[float],
+    rotated: bool,
 ) -> tuple[UnpackArgs, object]:
     """What says how rows are read (see `unpack`), and what has to live while it is used."""
     values, index, scale, fields, centre = (
@@ -307,6 +316,7 @@ def unpack_arguments(
         n=n,
         bits=bits,
         levels=ctypes.addressof(table),
+        rotated=rotated,
         scale=address(scale),
         fields=address(fields),
         fields_stride=0 if fields is None else fields.shape[-1],
@@ -340,6 +350,7 @@ def _fake_unpack(
     coding,
     bits,
     levels,
+    rotated,
     gain,
     offset,
     low,
@@ -357,12 +368,13 @@ def address(x: Tensor | None) -> int | None:
 _operators = torch.library.Library("hf_backrazor", "FRAGMENT")
 _operators.define(
     "pack(Tensor x, Tensor? mean, Tensor? rstd, Tensor? centre, int group, int n, int k, str coding, int index_bytes, "
-    "int bits, int code_bytes, bool even, float[] thresholds, float[] levels, ScalarType value_dtype) -> Tensor[]"
+    "int bits, int code_bytes, bool even, float[] thresholds, float[] levels, bool rotated, "
+    "ScalarType value_dtype) -> Tensor[]"
 )
 _operators.define(
     "unpack(Tensor? values, Tensor? index, Tensor? scale, Tensor? fields, Tensor? centre, int group, int first, "
-    "Tensor? base, int rows, int n, int k, str coding, int bits, float[] levels, Tensor? gain, Tensor? offset, "
-    "float low, float high, ScalarType dtype) -> Tensor"
+    "Tensor? base, int rows, int n, int k, str coding, int bits, float[] levels, bool rotated, Tensor? gain, "
+    "Tensor? offset, float low, float high, ScalarType dtype) -> Tensor"
 )
 _operators.impl("pack", pack, "CPU")
 _operators.impl("unpack", unpack, "CPU")

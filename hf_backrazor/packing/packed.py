@@ -35,6 +35,8 @@ class PackSpec:
         centred: store the mean over the second-to-last dimension (tokens), and pack what each row deviates from it.
         row_dims: how many of the last dimensions make a row: 1 for tokens; 2 for feature maps `(batch, channels,
             height, width)`, whose width alone would make short rows.
+        rotated: turn what top-k leaves of a row before it is coded (see `rotation`). For Gaussian levels and sets that
+            are rows.
     """
 
     sparsity: float = 0.0
@@ -44,10 +46,16 @@ class PackSpec:
     levels: str = "gaussian"
     centred: bool = False
     row_dims: int = 1
+    rotated: bool = False
 
     def __post_init__(self) -> None:
         if self.bits and self.bits not in CODE_BITS:
             raise ValueError(f"bits={self.bits!r}: must be 0 or one of {CODE_BITS}")
+        if self.rotated and (self.granularity != "row" or self.levels != "gaussian" or not 1 <= self.bits <= 4):
+            raise ValueError(
+                f"rotated=True with granularity={self.granularity!r}, levels={self.levels!r}, bits={self.bits!r}: "
+                "must be granularity='row', levels='gaussian' and 1 to 4 bits"
+            )
 
 
 @dataclass(frozen=True)
@@ -164,6 +172,9 @@ class SparseLayout(Layout):
         """See `Layout.integers`."""
         if not 1 <= self.spec.bits <= 4 or self.spec.centred or not self.keeps_floats_by_row:
             return None
+        if self.spec.rotated:
+            # The codes are those of another matrix.
+            return None
         scale, fields = parts[-2:]
         levels = levels_of(self.spec.bits, self.spec.levels)
         return decode_integers(fields, self.matrix[1], self.spec.bits, levels, scale, self.kept_parts(parts))
@@ -228,6 +239,7 @@ class SparseLayout(Layout):
             self.coding,
             bits,
             levels_of(bits, self.spec.levels) if bits else (),
+            self.spec.rotated,
             *(None if t is None else t.float() for t in (then.gain, then.offset)),
             then.low,
             then.high,
@@ -247,7 +259,8 @@ class SparseLayout(Layout):
                 return values.view(self.matrix)
             index = remaining.pop(0)
         if self.spec.bits:
-            dense = decode(Codes(*remaining), self.spec.bits, self.matrix[1], dtype, self.spec.levels).contiguous()
+            spec = self.spec
+            dense = decode(Codes(*remaining), spec.bits, self.matrix[1], dtype, spec.levels, spec.rotated).contiguous()
         elif base is not None:
             dense = base.contiguous()
         else:
@@ -324,6 +337,7 @@ def _pack_natively(x: Tensor, layout: SparseLayout, mean: Tensor | None = None, 
         spec.levels == "even",
         thresholds_of(spec.bits, spec.levels) if spec.bits else (),
         levels_of(spec.bits, spec.levels)[: 2 ** (spec.bits - 1)] if spec.bits else (),
+        spec.rotated,
         layout.value_dtype,
     )
     kept = (values, index.view(index_dtype(n, layout.coding))) if k else ()
@@ -359,7 +373,7 @@ def _parts(x: Tensor, layout: SparseLayout) -> tuple[Tensor, ...]:
         parts.append(encode_index(keep, positions, layout.coding))
         keep = keep.view(layout.matrix)
     if layout.spec.bits:
-        parts += encode(x, layout.spec.bits, keep, layout.spec.levels)
+        parts += encode(x, layout.spec.bits, keep, layout.spec.levels, layout.spec.rotated)
     if not parts:
         # An empty tensor, or one of which nothing is kept: a part still says on which device to unpack.
         parts.append(x.new_empty(0))

@@ -80,6 +80,7 @@ typedef struct {
     int64_t even;             /* evenly spaced levels, chosen at the greatest magnitude; else at the mean square */
     const float *thresholds;  /* between the positive levels, for a scale of 1: 2^(bits-1) - 1 of them, ascending */
     const float *levels;      /* the positive levels: 2^(bits-1) of them */
+    int64_t rotated;          /* whether what is left is turned before it is coded */
     uint16_t *scale;          /* bfloat16 (sets, 1) */
     uint8_t *fields;          /* (sets, fields_stride) bytes */
     int64_t fields_stride;
@@ -91,6 +92,7 @@ typedef struct {
     int64_t rows, n;
     int64_t bits;             /* 0 to 4 */
     const float *levels;      /* what each of the 2^bits codes stands for at a scale of 1 */
+    int64_t rotated;          /* whether what they stand for was turned, and is to be turned back */
     const uint16_t *scale;    /* bfloat16 (rows, 1), or NULL: 1 */
     const uint8_t *fields;    /* (rows, fields_stride) bytes */
     int64_t fields_stride;

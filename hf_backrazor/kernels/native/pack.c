@@ -4,6 +4,7 @@
 #include "avx512.h"
 #include "fields.h"
 #include "native.h"
+#include "rotation.h"
 
 /* Lists are read and written in steps of so many, and have room for one more. */
 enum { LIST_STEP = 16 };
@@ -273,11 +274,12 @@ INLINED void emit_codes(const pack_args *a, int64_t set, const scratch *s) {
     const int64_t n = a->n, count = ((int64_t)1 << (a->bits - 1)) - 1;
     float reach, thresholds[7];
     for (int64_t j = 0; j < a->k; j++) s->x[s->places[j]] = 0.0f;
+    if (a->rotated) rotate_row(s->x, n, 0);
     const double squares = sum_of_squares(s->x, n);
     if (a->even) {
         reach = float_of(greatest_up_to(s->x, n, ABOVE_ALL - 1));
     } else {
-        reach = (float)sqrt(squares / (double)(n - a->k));
+        reach = (float)sqrt(squares / (double)(a->rotated ? n : n - a->k));
     }
     reach = from_bfloat16(to_bfloat16(reach));
     for (int64_t j = 0; j < count; j++) thresholds[j] = a->thresholds[j] * reach;

@@ -40,6 +40,7 @@ def norm_backward_kernel(
     KEPT: tl.constexpr,
     BITS: tl.constexpr,
     LEVELS: tl.constexpr,
+    ROTATED: tl.constexpr,
     TILES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -75,6 +76,7 @@ def norm_backward_kernel(
             KEPT,
             BITS,
             LEVELS,
+            ROTATED,
             False,
             BLOCK,
         )
@@ -107,6 +109,7 @@ def norm_backward(
     coding: str,
     bits: int,
     levels: Sequence[float],
+    rotated: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `kernels.norm.norm_backward`."""
     rows, n = grad.shape
@@ -142,6 +145,7 @@ def norm_backward(
             KEPT=triton.next_power_of_2(max(k, 1)),
             BITS=bits,
             LEVELS=tuple(levels),
+            ROTATED=rotated,
             TILES=TILES,
             **tile,
             **EXACT,

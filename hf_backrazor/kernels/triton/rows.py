@@ -17,6 +17,7 @@ from .tiles import (
     MASK,
     OFFSETS,
     POSITIONS,
+    rotate_tile,
     rounded,
     store_codes,
     store_fields,
@@ -88,6 +89,7 @@ def pack_kernel(
     EVEN: tl.constexpr,
     THRESHOLDS: tl.constexpr,
     LEVELS: tl.constexpr,
+    ROTATED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -121,6 +123,8 @@ def pack_kernel(
                 tl.store(to, ((ends >> (8 * byte)) & 255).to(tl.uint8), mask=some)
         dense = tl.where(keep, 0.0, dense)
     if BITS > 0:
+        if ROTATED:
+            dense = rotate_tile(dense, column, n, False)
         magnitude = (dense.to(tl.int32, bitcast=True) & 0x7FFFFFFF).to(tl.float32, bitcast=True)
         # In double precision, the order of summation does not show.
         wide = magnitude.to(tl.float64)
@@ -128,7 +132,7 @@ def pack_kernel(
         if EVEN:
             reach = tl.max(magnitude.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
         else:
-            reach = tl.sqrt(squares / (n - k)).to(tl.float32)
+            reach = tl.sqrt(squares / (n if ROTATED else n - k)).to(tl.float32)
         reach = rounded(reach, tl.bfloat16)
         codes = (dense < 0).to(tl.int32) << (BITS - 1)
         chosen = tl.zeros(magnitude.shape, tl.float32) + LEVELS[0]
@@ -157,6 +161,7 @@ def pack(
     even: bool,
     thresholds: Sequence[float],
     levels: Sequence[float],
+    rotated: bool,
     value_dtype: torch.dtype,
 ) -> list[Tensor]:
     """See `kernels.rows.pack`."""
@@ -194,6 +199,7 @@ def pack(
             EVEN=even,
             THRESHOLDS=tuple(thresholds),
             LEVELS=tuple(levels),
+            ROTATED=rotated,
             **tile,
             **EXACT,
         )
@@ -221,6 +227,7 @@ def unpack_kernel(
     KEPT: tl.constexpr,
     BITS: tl.constexpr,
     LEVELS: tl.constexpr,
+    ROTATED: tl.constexpr,
     KEEP_BASE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -247,6 +254,7 @@ def unpack_kernel(
         KEPT,
         BITS,
         LEVELS,
+        ROTATED,
         KEEP_BASE,
         BLOCK,
     )
@@ -267,6 +275,7 @@ def unpack(
     coding: str,
     bits: int,
     levels: Sequence[float],
+    rotated: bool,
     gain: Tensor | None,
     offset: Tensor | None,
     low: float,
@@ -302,6 +311,7 @@ def unpack(
             KEPT=triton.next_power_of_2(max(k, 1)),
             BITS=bits,
             LEVELS=tuple(levels),
+            ROTATED=rotated,
             KEEP_BASE=base is not None,
             **tile,
             **EXACT,
