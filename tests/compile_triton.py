@@ -87,7 +87,9 @@ def main() -> None:
                     PackSpec(0.995),
                     PackSpec(0.99, bits=3, rotated=True),
                 ):
-                    pack(x, spec).unpack()
+                    packed = pack(x, spec)
+                    packed.unpack()
+                    packed.layout.add_to(packed.parts, torch.zeros(x.shape), -1)
                 heads = torch.randn(2, 3, 9, 64).to(dtype)
                 pack(heads.transpose(1, 2), PackSpec(0.99, bits=4, levels="even", centred=True)).unpack()
                 pack(heads.transpose(1, 2), PackSpec(0.99, bits=4, centred=True, rotated=True)).unpack()

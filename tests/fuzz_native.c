@@ -127,6 +127,18 @@ static void rows_case(void) {
     u.threads = between(1, 4);
     REQUIRE(hf_backrazor_unpack(&u) == DONE);
 
+    /* What is added is what is unpacked. */
+    unpack_args sum = u;
+    sum.keep_base = 0, sum.out_dtype = FLOAT32, sum.out = buffer(rows * n * 4);
+    REQUIRE(hf_backrazor_unpack(&sum) == DONE);
+    const float *terms = sum.out, *before = floats(rows * n, 0);
+    sum.accumulate = between(0, 1) ? 1 : -1, sum.out = memcpy(buffer(rows * n * 4), before, (size_t)(rows * n) * 4);
+    REQUIRE(hf_backrazor_unpack(&sum) == DONE);
+    for (int64_t i = 0; i < rows * n; i++) {
+        const float found = ((const float *)sum.out)[i], term = sum.accumulate > 0 ? terms[i] : -terms[i];
+        REQUIRE(terms[i] != terms[i] ? found != found : found == before[i] + term);
+    }
+
     /* Exactly k are kept, in ascending order, and no other element is greater than the least of them. */
     for (int64_t row = 0; row < rows && k; row++) {
         int64_t last = -1, seen = 0;

@@ -168,6 +168,46 @@ def test_threads_change_nothing(spec: PackSpec) -> None:
         assert all(map(torch.equal, results[0], other))
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    spec=specs,
+    shape=shapes,
+    kind=kinds,
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    sign=st.sampled_from([1, -1]),
+    seed=st.integers(0, 99),
+)
+def test_adds_what_it_unpacks(spec, shape, kind, dtype, sign, seed) -> None:
+    packed = pack(make("tied" if spec.centred and kind == "wild" else kind, shape, dtype, seed), spec)
+    for wide in (torch.float32, torch.float64):
+        into = torch.randn(shape).to(wide)
+        expected = into.clone().add_(packed.unpack(torch.float32), alpha=sign)
+        version = into._version
+        packed.layout.add_to(packed.parts, into, sign)
+        assert into._version > version
+        assert same_bits(into, expected)
+
+
+def test_adds_to_contiguous_tensors_alone() -> None:
+    packed = pack(torch.randn(4, 5), PackSpec(0.9, bits=3))
+    with pytest.raises(ValueError, match="contiguous"):
+        packed.layout.add_to(packed.parts, torch.zeros(4, 6)[:, :5])
+
+
+def test_adds_in_place_with_any_number_of_threads() -> None:
+    packed = pack(torch.randn(400, 193), PackSpec(0.97, bits=3, rotated=True))
+    into = torch.randn(400 * 193)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(into.clone())
+            packed.layout.add_to(packed.parts, found[-1], -1)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(each.view(400, 193), into.view(400, 193) - packed.unpack()) for each in found)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("centred", [True, False])
 def test_normalises_while_it_packs(dtype: torch.dtype, centred: bool) -> None:
@@ -199,6 +239,7 @@ def all_operators() -> None:
     for spec in (PackSpec(0.99, bits=3), PackSpec(1.0, bits=4, centred=True, rotated=True), PackSpec(0.8, "tensor")):
         packed = pack(x, spec)
         packed.unpack()
+        packed.layout.add_to(packed.parts, torch.randn(x.shape))
     packed = pack(x, PackSpec(0.99, bits=3), rstd=torch.rand(40, 1))
     packed_norm_gradients(grad, packed.layout, packed.parts, torch.rand(40, 1), gamma, True)
     for transposed in (True, False):
@@ -212,7 +253,7 @@ def all_operators() -> None:
 def test_operators_meet_what_torch_asks_of_them() -> None:
     with Record() as record:
         all_operators()
-    names = {"pack", "unpack", "norm_backward", "integers", "round_gradient", "finish_gradient"}
+    names = {"pack", "unpack", "accumulate", "norm_backward", "integers", "round_gradient", "finish_gradient"}
     assert {func._opname for func, _ in record.calls} == names | {"encode_cells", "decode_cells"}
     for func, args in record.calls:
         torch.library.opcheck(func, args)

@@ -423,6 +423,26 @@ def test_slices_of_rows_are_those_of_the_whole(
     assert bounds == [(start, min(start + 8, 63)) for start in range(0, 63, 8)]
 
 
+@settings(deadline=None)
+@given(
+    tensors(),
+    sparsities,
+    granularities,
+    st.sampled_from((0, *CODE_BITS)),
+    st.sampled_from(("auto", "float16", "int8")),
+    st.sampled_from((1, -1)),
+)
+def test_adds_what_it_unpacks(
+    x: torch.Tensor, sparsity: float, granularity: str, bits: int, value_dtype: str, sign: int
+) -> None:
+    packed = pack(x, PackSpec(sparsity, granularity, bits, value_dtype))
+    for dtype in (torch.float32, torch.float64):
+        into = torch.randn(x.shape, dtype=dtype)
+        expected = into + sign * packed.unpack(torch.float32)
+        packed.layout.add_to(packed.parts, into, sign)
+        assert torch.equal(into, expected)
+
+
 @pytest.mark.parametrize("spec", [PackSpec(0.9, "sample"), PackSpec(0.99, "row", 2), PackSpec(1.0, "row", 4)])
 def test_number_of_threads_does_not_matter(spec: PackSpec) -> None:
     x = torch.randn(8, 197, 96)

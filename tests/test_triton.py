@@ -43,6 +43,7 @@ pytestmark = [
 MODULES = {
     "pack": "rows",
     "unpack": "rows",
+    "accumulate": "rows",
     "encode_cells": "cells",
     "decode_cells": "cells",
     "norm_backward": "norm",
@@ -65,12 +66,14 @@ class Repeat(TorchDispatchMode):
         name = func._opname
         self.called.add(name)
         module = importlib.import_module(f"hf_backrazor.kernels.triton.{MODULES[name]}")
-        # One of the operators changes an argument.
-        again = [arg.clone() if isinstance(arg, Tensor) and name == "finish_gradient" else arg for arg in args]
+        # Some of the operators change an argument.
+        again = [arg.clone() if isinstance(arg, Tensor) and name in IN_PLACE else arg for arg in args]
         result = func(*args, **(kwargs or {}))
         repeated = getattr(module, name)(*again)
         if name == "finish_gradient":
             compare(name, again[0].view(torch.float32), args[0].view(torch.float32))
+        elif name == "accumulate":
+            compare(name, again[0], args[0])
         elif isinstance(result, Tensor):
             compare(name, repeated, result)
         else:
@@ -79,6 +82,7 @@ class Repeat(TorchDispatchMode):
         return result
 
 
+IN_PLACE = {"finish_gradient", "accumulate"}
 SUMS = {"norm_backward[0]", "norm_backward[1]", "norm_backward[2]", "round_gradient[2]", "finish_gradient"}
 
 
@@ -143,7 +147,10 @@ def test_packs_and_unpacks(
     # Which of several NaNs a difference takes its payload from is left to the compiler.
     x = make("tied" if spec.centred and kind == "wild" else kind, shape, dtype, seed)
     with Repeat():
-        pack(x, spec).unpack()
+        packed = pack(x, spec)
+        packed.unpack()
+        if packed.layout.is_compiled(packed.parts, torch.float32):
+            packed.layout.add_to(packed.parts, torch.randn(x.shape), -1 if seed % 2 else 1)
 
 
 def test_packs_samples_and_views() -> None:

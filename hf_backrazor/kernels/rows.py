@@ -81,6 +81,7 @@ class UnpackArgs(ctypes.Structure):
         ("high", _float),
         ("keep_base", _int),
         ("out_dtype", _int),
+        ("accumulate", _int),
         ("out", _pointer),
         ("threads", _int),
     )
@@ -241,7 +242,6 @@ def unpack(
     centre: Tensor | None,
     group: int,
     first: int,
-    base: Tensor | None,
     rows: int,
     n: int,
     k: int,
@@ -249,6 +249,7 @@ def unpack(
     bits: int,
     levels: Sequence[float],
     rotated: bool,
+    base: Tensor | None,
     gain: Tensor | None,
     offset: Tensor | None,
     low: float,
@@ -262,11 +263,11 @@ def unpack(
             scale, it is 1.
         centre, group: as for `pack`.
         first: the place of the first row among the sets that `centre` is for.
-        base: `(rows, n)` in `dtype`: what elements stand for that are neither kept nor coded. None: zero.
         rows, n: of the result.
         k, coding, bits: as for `pack`.
         levels: what each code stands for at a scale of 1.
         rotated: as for `pack`.
+        base: `(rows, n)` in `dtype`: what elements stand for that are neither kept nor coded. None: zero.
         gain, offset: float32, a number for each row; or None: 1 and 0.
         low, high: limits of the result, infinite for none.
         dtype: float32 or bfloat16.
@@ -288,6 +289,41 @@ def unpack(
     arguments.threads = threads_for(out.numel())
     check(load().hf_backrazor_unpack(ctypes.byref(arguments)))
     return out
+
+
+def accumulate(
+    into: Tensor,
+    values: Tensor | None,
+    index: Tensor | None,
+    scale: Tensor | None,
+    fields: Tensor | None,
+    centre: Tensor | None,
+    group: int,
+    first: int,
+    rows: int,
+    n: int,
+    k: int,
+    coding: str,
+    bits: int,
+    levels: Sequence[float],
+    rotated: bool,
+    sign: int,
+) -> None:
+    """Add rows that `pack` packed to others, or subtract them, in place.
+
+    Args:
+        into: float32, contiguous, `rows * n` elements.
+        values, index, scale, fields, centre, group, first, rows, n, k, coding, bits, levels, rotated: see `unpack`.
+        sign: 1 or -1.
+    """
+    arguments, _used = unpack_arguments(
+        values, index, scale, fields, centre, group, first, rows, n, k, coding, bits, levels, rotated
+    )
+    arguments.accumulate = sign
+    arguments.out_dtype = DTYPES[into.dtype]
+    arguments.out = into.data_ptr()
+    arguments.threads = threads_for(into.numel())
+    check(load().hf_backrazor_unpack(ctypes.byref(arguments)))
 
 
 def unpack_arguments(
@@ -343,7 +379,6 @@ def _fake_unpack(
     centre,
     group,
     first,
-    base,
     rows,
     n,
     k,
@@ -351,6 +386,7 @@ def _fake_unpack(
     bits,
     levels,
     rotated,
+    base,
     gain,
     offset,
     low,
@@ -373,12 +409,19 @@ _operators.define(
 )
 _operators.define(
     "unpack(Tensor? values, Tensor? index, Tensor? scale, Tensor? fields, Tensor? centre, int group, int first, "
-    "Tensor? base, int rows, int n, int k, str coding, int bits, float[] levels, bool rotated, Tensor? gain, "
+    "int rows, int n, int k, str coding, int bits, float[] levels, bool rotated, Tensor? base, Tensor? gain, "
     "Tensor? offset, float low, float high, ScalarType dtype) -> Tensor"
+)
+_operators.define(
+    "accumulate(Tensor(a!) into, Tensor? values, Tensor? index, Tensor? scale, Tensor? fields, Tensor? centre, "
+    "int group, int first, int rows, int n, int k, str coding, int bits, float[] levels, bool rotated, int sign) -> ()"
 )
 _operators.impl("pack", pack, "CPU")
 _operators.impl("unpack", unpack, "CPU")
+_operators.impl("accumulate", accumulate, "CPU")
 _operators.impl("pack", on_cuda("rows", "pack"), "CUDA")
 _operators.impl("unpack", on_cuda("rows", "unpack"), "CUDA")
+_operators.impl("accumulate", on_cuda("rows", "accumulate"), "CUDA")
 torch.library.register_fake("hf_backrazor::pack", _fake_pack)
 torch.library.register_fake("hf_backrazor::unpack", _fake_unpack)
+torch.library.register_fake("hf_backrazor::accumulate", lambda *_arguments: None)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -168,6 +169,31 @@ class SparseLayout(Layout):
             return self.unpack_rows(parts, 0, self.matrix[0], dtype or self.dtype).view(self.shape)
         return super().unpack(parts, dtype)
 
+    def add_to(self, parts: Sequence[Tensor], into: Tensor, sign: int = 1) -> None:
+        """Add the tensor to another one, or subtract it: `into.add_(self.unpack(parts, torch.float32), alpha=sign)`.
+
+        No dense tensor is made on the way, but for a few rows where nothing was compiled.
+
+        Args:
+            parts: of this layout.
+            into: contiguous, float32 or float64, with as many elements; changed in place.
+            sign: 1 or -1.
+        """
+        if not into.is_contiguous():
+            raise ValueError(f"add_to takes contiguous tensors to add to, got strides {into.stride()}")
+        into = into.view(self.matrix)
+        if into.dtype != torch.float32 or not self.is_compiled(parts, torch.float32):
+            for start, stop, dense in self.slices(parts, torch.float32):
+                into[start:stop].add_(dense, alpha=sign)
+            return
+        means = None
+        if self.spec.centred:
+            means, *parts = parts
+        torch.ops.hf_backrazor.accumulate(into, *self._read(parts, means, self.group, 0), sign)
+        if not into.is_inference():
+            # What autograd has saved of it is no longer there.
+            torch.autograd.graph.increment_version(into)
+
     def integers(self, parts: Sequence[Tensor]) -> Integers | None:
         """See `Layout.integers`."""
         if not 1 <= self.spec.bits <= 4 or self.spec.centred or not self.keeps_floats_by_row:
@@ -226,13 +252,24 @@ class SparseLayout(Layout):
         first: int,
         then: RowMap,
     ) -> Tensor:
-        bits = self.spec.bits
         dense = torch.ops.hf_backrazor.unpack(
+            *self._read(parts, means, group, first),
+            None if self.spec.bits or base is None else base.reshape(self.sets, self.set_size),
+            *(None if t is None else t.float() for t in (then.gain, then.offset)),
+            then.low,
+            then.high,
+            dtype,
+        )
+        return dense.view(self.matrix)
+
+    def _read(self, parts: Sequence[Tensor], means: Tensor | None, group: int, first: int) -> tuple[Any, ...]:
+        """The arguments that say how compiled primitives read these rows: see `kernels.rows.unpack`."""
+        bits = self.spec.bits
+        return (
             *self.split(parts),
             means,
             group,
             first % group,
-            None if bits or base is None else base.reshape(self.sets, self.set_size),
             self.sets,
             self.set_size,
             self.kept,
@@ -240,12 +277,7 @@ class SparseLayout(Layout):
             bits,
             levels_of(bits, self.spec.levels) if bits else (),
             self.spec.rotated,
-            *(None if t is None else t.float() for t in (then.gain, then.offset)),
-            then.low,
-            then.high,
-            dtype,
         )
-        return dense.view(self.matrix)
 
     def _unpack(self, parts: Sequence[Tensor], dtype: torch.dtype, base: Tensor | None) -> Tensor:
         remaining = list(parts)

@@ -107,6 +107,7 @@ typedef struct {
     float low, high;          /* then limited to these; infinite: not */
     int64_t keep_base;        /* with bits = 0: whether `out` holds what elements not kept are, else they are zero */
     int64_t out_dtype;        /* FLOAT32 or BFLOAT16 */
+    int64_t accumulate;       /* 1 or -1: added to what `out` holds, FLOAT32, or subtracted; 0: takes its place */
     void *out;                /* (rows, n) */
     int64_t threads;
 } unpack_args;

@@ -78,6 +78,7 @@ def norm_backward_kernel(
             LEVELS,
             ROTATED,
             False,
+            0,
             BLOCK,
         )
         tl.debug_barrier()

@@ -229,6 +229,7 @@ def unpack_kernel(
     LEVELS: tl.constexpr,
     ROTATED: tl.constexpr,
     KEEP_BASE: tl.constexpr,
+    SIGN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -256,6 +257,7 @@ def unpack_kernel(
         LEVELS,
         ROTATED,
         KEEP_BASE,
+        SIGN,
         BLOCK,
     )
 
@@ -268,7 +270,6 @@ def unpack(
     centre: Tensor | None,
     group: int,
     first: int,
-    base: Tensor | None,
     rows: int,
     n: int,
     k: int,
@@ -276,6 +277,7 @@ def unpack(
     bits: int,
     levels: Sequence[float],
     rotated: bool,
+    base: Tensor | None,
     gain: Tensor | None,
     offset: Tensor | None,
     low: float,
@@ -285,6 +287,75 @@ def unpack(
     """See `kernels.rows.unpack`."""
     source = next(part for part in (values, fields, base) if part is not None)
     out = source.new_empty((rows, n), dtype=dtype) if base is None else base.clone()
+    _write_rows(
+        out,
+        values,
+        index,
+        scale,
+        fields,
+        centre,
+        group,
+        first,
+        rows,
+        n,
+        k,
+        coding,
+        bits,
+        levels,
+        rotated,
+        base is not None,
+        0,
+    )
+    if gain is not None:
+        out.mul_(gain.unsqueeze(-1))
+    if offset is not None:
+        out.add_(offset.unsqueeze(-1))
+    return out if (low, high) == (-inf, inf) else out.clamp_(low, high)
+
+
+def accumulate(
+    into: Tensor,
+    values: Tensor | None,
+    index: Tensor | None,
+    scale: Tensor | None,
+    fields: Tensor | None,
+    centre: Tensor | None,
+    group: int,
+    first: int,
+    rows: int,
+    n: int,
+    k: int,
+    coding: str,
+    bits: int,
+    levels: Sequence[float],
+    rotated: bool,
+    sign: int,
+) -> None:
+    """See `kernels.rows.accumulate`."""
+    _write_rows(
+        into, values, index, scale, fields, centre, group, first, rows, n, k, coding, bits, levels, rotated, False, sign
+    )
+
+
+def _write_rows(
+    out: Tensor,
+    values: Tensor | None,
+    index: Tensor | None,
+    scale: Tensor | None,
+    fields: Tensor | None,
+    centre: Tensor | None,
+    group: int,
+    first: int,
+    rows: int,
+    n: int,
+    k: int,
+    coding: str,
+    bits: int,
+    levels: Sequence[float],
+    rotated: bool,
+    keep_base: bool,
+    sign: int,
+) -> None:
     values, index, scale, fields, centre = (
         None if t is None else t.contiguous() for t in (values, index, scale, fields, centre)
     )
@@ -312,15 +383,11 @@ def unpack(
             BITS=bits,
             LEVELS=tuple(levels),
             ROTATED=rotated,
-            KEEP_BASE=base is not None,
+            KEEP_BASE=keep_base,
+            SIGN=sign,
             **tile,
             **EXACT,
         )
-    if gain is not None:
-        out.mul_(gain.unsqueeze(-1))
-    if offset is not None:
-        out.add_(offset.unsqueeze(-1))
-    return out if (low, high) == (-inf, inf) else out.clamp_(low, high)
 
 
 def index_form(index: Tensor | None, n: int, k: int, coding: str) -> tuple[Tensor | None, int, int, int]:

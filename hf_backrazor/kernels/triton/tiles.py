@@ -193,9 +193,10 @@ def unpack_tile(
     LEVELS: tl.constexpr,
     ROTATED: tl.constexpr,
     KEEP_BASE: tl.constexpr,
+    SIGN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write packed rows to `out`, rows of `n` elements."""
+    """Write packed rows to `out`, rows of `n` elements; or, with a sign, add them to what stands there."""
     column = tl.arange(0, BLOCK)
     inside = live[:, None] & (column < n)[None, :]
     at = row.to(tl.int64)[:, None] * n
@@ -218,13 +219,22 @@ def unpack_tile(
     centre_at = (first + row) // group * n
     if centre is not None:
         x += tl.load(centre + centre_at[:, None] + column[None, :], mask=inside, other=0).to(tl.float32)
-    tl.store(out + at + column[None, :], rounded(x, dtype).to(dtype), mask=inside)
     if CODING >= POSITIONS:
         place, there = load_places(index, row, live, index_stride, n, k, CODING, ENDS, END_BYTES, KEPT)
+    if SIGN != 0:
+        x = tl.load(out + at + column[None, :], mask=inside, other=0) + SIGN * x
+        if CODING >= POSITIONS:
+            before = tl.load(out + at + place, mask=there, other=0)
+            # Other threads write there.
+            tl.debug_barrier()
+    tl.store(out + at + column[None, :], rounded(x, dtype).to(dtype), mask=inside)
+    if CODING >= POSITIONS:
         rank = tl.arange(0, KEPT)
         value = tl.load(values + row[:, None] * k + rank[None, :], mask=there, other=0).to(tl.float32)
         if centre is not None:
             value += tl.load(centre + centre_at[:, None] + place, mask=there, other=0).to(tl.float32)
+        if SIGN != 0:
+            value = before + SIGN * value
         # What stands there already is another thread's.
         tl.debug_barrier()
         tl.store(out + at + place, rounded(value, dtype).to(dtype), mask=there)
