@@ -85,10 +85,17 @@ def main() -> None:
                     PackSpec(0.97),
                     PackSpec(0.8, bits=1),
                     PackSpec(0.995),
+                    PackSpec(0.99, bits=3, rotated=True),
                 ):
-                    pack(x, spec).unpack()
+                    packed = pack(x, spec)
+                    packed.unpack()
+                    packed.layout.add_to(packed.parts, torch.zeros(x.shape), -1)
                 heads = torch.randn(2, 3, 9, 64).to(dtype)
                 pack(heads.transpose(1, 2), PackSpec(0.99, bits=4, levels="even", centred=True)).unpack()
+                pack(heads.transpose(1, 2), PackSpec(0.99, bits=4, centred=True, rotated=True)).unpack()
+                # Blocks of several sizes; rows that take a block of threads each.
+                pack(x[:, :203], PackSpec(1.0, bits=2, rotated=True)).unpack()
+                pack(torch.randn(2, 11008).to(dtype), PackSpec(0.99, bits=3, rotated=True)).unpack()
                 pack(heads, PackSpec(0.9, "sample", value_dtype="float16")).unpack()
                 cells, derivatives, _ = cell_tables(GELU, 4)
                 codes = encode_cells(x, cells)
@@ -98,6 +105,8 @@ def main() -> None:
             for centred in (True, False):
                 packed = pack(x, PackSpec(0.99, bits=3), x.mean(-1, keepdim=True) if centred else None, rstd)
                 packed_norm_gradients(grad, packed.layout, packed.parts, rstd, gamma, centred)
+                turned = pack(x, PackSpec(0.99, bits=3, rotated=True))
+                packed_norm_gradients(grad, turned.layout, turned.parts, rstd, gamma, centred)
                 integers = packed.layout.integers(packed.parts)
                 weight_gradient(grad, integers, gamma, gamma if centred else None, centred, 2**32 - 1)
             integers = pack(x, PackSpec(0.8, bits=2)).layout.integers(pack(x, PackSpec(0.8, bits=2)).parts)

@@ -100,6 +100,7 @@ static void rows_case(void) {
     const float *dense = floats(count, kind);
     uint16_t *as_half = half ? halves(count) : NULL;
     float thresholds[7] = {0.2f, 0.5f, 0.8f, 1.0f, 1.3f, 1.7f, 2.2f}, levels[16];
+    float positive[8] = {0.1f, 0.3f, 0.6f, 0.9f, 1.2f, 1.5f, 2.0f, 2.5f};
     pack_args p = {.x = half ? (const void *)as_half : dense, .x_dtype = half ? BFLOAT16 : FLOAT32, .n = n, .k = k};
     p.sizes[0] = 1, p.sizes[1] = outer, p.sizes[2] = inner;
     p.strides[1] = inner * stride, p.strides[2] = stride;
@@ -107,7 +108,8 @@ static void rows_case(void) {
     p.group = inner, p.centre = centred ? halves(outer * n) : NULL;
     p.coding = coding, p.value_dtype = value_dtype, p.values = buffer(rows * k * (value_dtype == FLOAT32 ? 4 : 2));
     p.index_stride = index_bytes(n, k, coding), p.index = buffer(rows * p.index_stride);
-    p.bits = bits, p.even = even, p.thresholds = thresholds, p.scale = buffer(rows * 2);
+    p.bits = bits, p.even = even, p.thresholds = thresholds, p.levels = positive, p.scale = buffer(rows * 2);
+    p.rotated = between(0, 1);
     p.fields_stride = bits ? code_bytes(n, bits) : 0, p.fields = buffer(rows * p.fields_stride);
     p.threads = between(1, 4);
     REQUIRE(hf_backrazor_pack(&p) == DONE);
@@ -118,11 +120,24 @@ static void rows_case(void) {
     u.scale = between(0, 3) ? p.scale : NULL, u.fields_stride = p.fields_stride;
     u.coding = coding, u.value_dtype = value_dtype, u.values = p.values, u.index = p.index;
     u.index_stride = p.index_stride, u.centre = p.centre, u.group = inner, u.keep_base = base;
+    u.rotated = p.rotated;
     u.out_dtype = out_half ? BFLOAT16 : FLOAT32, u.out = buffer(rows * n * (out_half ? 2 : 4));
     u.gain = between(0, 1) ? floats(rows, 0) : NULL, u.offset = between(0, 1) ? floats(rows, 0) : NULL;
     u.low = between(0, 1) ? 0.0f : -INFINITY, u.high = between(0, 1) ? 6.0f : INFINITY;
     u.threads = between(1, 4);
     REQUIRE(hf_backrazor_unpack(&u) == DONE);
+
+    /* What is added is what is unpacked. */
+    unpack_args sum = u;
+    sum.keep_base = 0, sum.out_dtype = FLOAT32, sum.out = buffer(rows * n * 4);
+    REQUIRE(hf_backrazor_unpack(&sum) == DONE);
+    const float *terms = sum.out, *before = floats(rows * n, 0);
+    sum.accumulate = between(0, 1) ? 1 : -1, sum.out = memcpy(buffer(rows * n * 4), before, (size_t)(rows * n) * 4);
+    REQUIRE(hf_backrazor_unpack(&sum) == DONE);
+    for (int64_t i = 0; i < rows * n; i++) {
+        const float found = ((const float *)sum.out)[i], term = sum.accumulate > 0 ? terms[i] : -terms[i];
+        REQUIRE(terms[i] != terms[i] ? found != found : found == before[i] + term);
+    }
 
     /* Exactly k are kept, in ascending order, and no other element is greater than the least of them. */
     for (int64_t row = 0; row < rows && k; row++) {

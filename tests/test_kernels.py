@@ -42,7 +42,7 @@ def test_the_library_was_compiled() -> None:
     assert load() is not None
 
 
-specs = st.builds(
+unrotated = st.builds(
     PackSpec,
     sparsity=st.sampled_from([0.3, 0.9, 0.97, 0.99, 1.0]),
     granularity=st.sampled_from(["row", "sample", "tensor"]),
@@ -51,11 +51,21 @@ specs = st.builds(
     levels=st.sampled_from(["gaussian", "even"]),
     centred=st.booleans(),
 )
+rotated = st.builds(
+    PackSpec,
+    sparsity=st.sampled_from([0.3, 0.9, 0.97, 0.99, 1.0]),
+    bits=st.sampled_from([1, 2, 3, 4]),
+    value_dtype=st.sampled_from(["auto", "float32", "float16"]),
+    centred=st.booleans(),
+    rotated=st.just(True),
+)
+specs = st.one_of(unrotated, rotated)
 shapes = st.one_of(
     st.tuples(st.integers(1, 9), st.integers(1, 700)),
     st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 130)),
     st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 4), st.sampled_from([1, 63, 64, 65, 257, 1500])),
 )
+ROTATED = PackSpec(0.99, bits=4, rotated=True)
 kinds = st.sampled_from(["normal", "tied", "zero", "sparse", "wild"])
 
 
@@ -121,7 +131,28 @@ def test_views_are_packed_like_copies(order: tuple[int, ...]) -> None:
     torch.testing.assert_close(view.unpack(), copy.unpack())
 
 
-@pytest.mark.parametrize("spec", [PackSpec(0.99, bits=3), PackSpec(0.9, "sample"), PackSpec(0.9, bits=4, centred=True)])
+@pytest.mark.parametrize("n", [*range(1, 34), 63, 64, 65, 96, 127, 128, 129, 203, 255, 256, 300, 576, 768])
+def test_rotates_rows_of_any_width(n: int) -> None:
+    x = torch.randn(5, n)
+    for bits in (1, 2, 3, 4):
+        spec = PackSpec(0.97, bits=bits, rotated=True)
+        packed = pack(x, spec)
+        with torch_only():
+            reference = pack(x, spec)
+            assert all(map(torch.equal, packed.parts, reference.parts))
+            expected = reference.unpack()
+        assert torch.equal(packed.unpack(), expected)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        PackSpec(0.99, bits=3),
+        PackSpec(0.9, "sample"),
+        PackSpec(0.9, bits=4, centred=True),
+        PackSpec(0.9, bits=4, centred=True, rotated=True),
+    ],
+)
 def test_threads_change_nothing(spec: PackSpec) -> None:
     x = torch.randn(6, 400, 193)
     threads = torch.get_num_threads()
@@ -135,6 +166,46 @@ def test_threads_change_nothing(spec: PackSpec) -> None:
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    spec=specs,
+    shape=shapes,
+    kind=kinds,
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    sign=st.sampled_from([1, -1]),
+    seed=st.integers(0, 99),
+)
+def test_adds_what_it_unpacks(spec, shape, kind, dtype, sign, seed) -> None:
+    packed = pack(make("tied" if spec.centred and kind == "wild" else kind, shape, dtype, seed), spec)
+    for wide in (torch.float32, torch.float64):
+        into = torch.randn(shape).to(wide)
+        expected = into.clone().add_(packed.unpack(torch.float32), alpha=sign)
+        version = into._version
+        packed.layout.add_to(packed.parts, into, sign)
+        assert into._version > version
+        assert same_bits(into, expected)
+
+
+def test_adds_to_contiguous_tensors_alone() -> None:
+    packed = pack(torch.randn(4, 5), PackSpec(0.9, bits=3))
+    with pytest.raises(ValueError, match="contiguous"):
+        packed.layout.add_to(packed.parts, torch.zeros(4, 6)[:, :5])
+
+
+def test_adds_in_place_with_any_number_of_threads() -> None:
+    packed = pack(torch.randn(400, 193), PackSpec(0.97, bits=3, rotated=True))
+    into = torch.randn(400 * 193)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(into.clone())
+            packed.layout.add_to(packed.parts, found[-1], -1)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(each.view(400, 193), into.view(400, 193) - packed.unpack()) for each in found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -165,9 +236,10 @@ class Record(TorchDispatchMode):
 
 def all_operators() -> None:
     x, grad, gamma = torch.randn(40, 300), torch.randn(40, 300), torch.randn(300)
-    for spec in (PackSpec(0.99, bits=3), PackSpec(1.0, bits=4, centred=True), PackSpec(0.8, "tensor")):
+    for spec in (PackSpec(0.99, bits=3), PackSpec(1.0, bits=4, centred=True, rotated=True), PackSpec(0.8, "tensor")):
         packed = pack(x, spec)
         packed.unpack()
+        packed.layout.add_to(packed.parts, torch.randn(x.shape))
     packed = pack(x, PackSpec(0.99, bits=3), rstd=torch.rand(40, 1))
     packed_norm_gradients(grad, packed.layout, packed.parts, torch.rand(40, 1), gamma, True)
     for transposed in (True, False):
@@ -181,7 +253,7 @@ def all_operators() -> None:
 def test_operators_meet_what_torch_asks_of_them() -> None:
     with Record() as record:
         all_operators()
-    names = {"pack", "unpack", "norm_backward", "integers", "round_gradient", "finish_gradient"}
+    names = {"pack", "unpack", "accumulate", "norm_backward", "integers", "round_gradient", "finish_gradient"}
     assert {func._opname for func, _ in record.calls} == names | {"encode_cells", "decode_cells"}
     for func, args in record.calls:
         torch.library.opcheck(func, args)
@@ -344,7 +416,7 @@ def test_a_gradient_that_is_not_finite_shows_in_its_column_alone() -> None:
         assert found[[i for i in range(20) if i != 7]].isfinite().all()
 
 
-@pytest.mark.parametrize("spec", [PackSpec(0.99, bits=3), PackSpec(0.9), PackSpec(1.0, bits=2)])
+@pytest.mark.parametrize("spec", [PackSpec(0.99, bits=3), PackSpec(0.9), PackSpec(1.0, bits=2), ROTATED])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("centred", [True, False])
 def test_gradients_of_norms_are_the_torch_codes(spec: PackSpec, affine: bool, centred: bool) -> None:
@@ -463,7 +535,7 @@ def test_maps_rows_while_it_unpacks(spec, shape, kind, scaled, shifted, limits, 
 @pytest.mark.parametrize("by_batch", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("shape", [(3, 5, 9, 7), (1, 4, 130), (6, 40, 31, 17), (2, 3, 4, 5, 6)], ids=str)
-@pytest.mark.parametrize("spec", [PackSpec(0.99, bits=3), PackSpec(0.9), PackSpec(1.0, bits=2)])
+@pytest.mark.parametrize("spec", [PackSpec(0.99, bits=3), PackSpec(0.9), PackSpec(1.0, bits=2), ROTATED])
 def test_gradients_of_batch_norms_are_the_torch_codes(spec, shape, affine, by_batch) -> None:
     spec = replace(spec, row_dims=len(shape) - 2)
     packed, grad = pack(torch.randn(shape), spec), torch.randn(shape)
@@ -486,7 +558,7 @@ def test_gradients_of_batch_norms_are_the_torch_codes(spec, shape, affine, by_ba
 def test_new_operators_run_on_fake_tensors() -> None:
     packed = pack(torch.randn(2, 3, 8, 8), PackSpec(0.9, bits=2, row_dims=2))
     parts = packed.layout.split(packed.parts)
-    others = (torch.rand(3), True, *parts, packed.layout.kept, packed.layout.coding, 2, (0.5, 1.5, -0.5, -1.5))
+    others = (torch.rand(3), True, *parts, packed.layout.kept, packed.layout.coding, 2, (0.5, 1.5, -0.5, -1.5), False)
     utils = ("test_schema", "test_faketensor")
     arguments = (torch.randn(2, 3, 8, 8), *others)
     torch.library.opcheck(torch.ops.hf_backrazor.batch_norm_backward, arguments, test_utils=utils)

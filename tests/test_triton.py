@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,7 @@ pytestmark = [
 MODULES = {
     "pack": "rows",
     "unpack": "rows",
+    "accumulate": "rows",
     "encode_cells": "cells",
     "decode_cells": "cells",
     "norm_backward": "norm",
@@ -64,12 +66,14 @@ class Repeat(TorchDispatchMode):
         name = func._opname
         self.called.add(name)
         module = importlib.import_module(f"hf_backrazor.kernels.triton.{MODULES[name]}")
-        # One of the operators changes an argument.
-        again = [arg.clone() if isinstance(arg, Tensor) and name == "finish_gradient" else arg for arg in args]
+        # Some of the operators change an argument.
+        again = [arg.clone() if isinstance(arg, Tensor) and name in IN_PLACE else arg for arg in args]
         result = func(*args, **(kwargs or {}))
         repeated = getattr(module, name)(*again)
         if name == "finish_gradient":
             compare(name, again[0].view(torch.float32), args[0].view(torch.float32))
+        elif name == "accumulate":
+            compare(name, again[0], args[0])
         elif isinstance(result, Tensor):
             compare(name, repeated, result)
         else:
@@ -78,6 +82,7 @@ class Repeat(TorchDispatchMode):
         return result
 
 
+IN_PLACE = {"finish_gradient", "accumulate"}
 SUMS = {"norm_backward[0]", "norm_backward[1]", "norm_backward[2]", "round_gradient[2]", "finish_gradient"}
 
 
@@ -128,16 +133,24 @@ shapes = st.tuples(st.integers(1, 3), st.integers(1, 5), st.one_of(st.integers(1
         levels=st.sampled_from(["gaussian", "even"]),
         centred=st.booleans(),
     ),
+    rotated=st.booleans(),
     shape=shapes,
     kind=st.sampled_from(["normal", "tied", "zero", "wild"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 99),
 )
-def test_packs_and_unpacks(spec: PackSpec, shape: tuple[int, ...], kind: str, dtype: torch.dtype, seed: int) -> None:
+def test_packs_and_unpacks(
+    spec: PackSpec, rotated: bool, shape: tuple[int, ...], kind: str, dtype: torch.dtype, seed: int
+) -> None:
+    if rotated and spec.bits:
+        spec = replace(spec, levels="gaussian", rotated=True)
     # Which of several NaNs a difference takes its payload from is left to the compiler.
     x = make("tied" if spec.centred and kind == "wild" else kind, shape, dtype, seed)
     with Repeat():
-        pack(x, spec).unpack()
+        packed = pack(x, spec)
+        packed.unpack()
+        if packed.layout.is_compiled(packed.parts, torch.float32):
+            packed.layout.add_to(packed.parts, torch.randn(x.shape), -1 if seed % 2 else 1)
 
 
 def test_packs_samples_and_views() -> None:
@@ -146,7 +159,16 @@ def test_packs_samples_and_views() -> None:
     repeat(lambda: pack(x.permute(2, 0, 1, 3), PackSpec(0.9, bits=4)).unpack(), "pack", "unpack")
 
 
-@pytest.mark.parametrize("spec", [PackSpec(0.97, bits=3), PackSpec(0.9), PackSpec(0.99, bits=2)])
+@pytest.mark.parametrize("n", [1, 2, 16, 31, 64, 127, 128, 129, 255, 576, 768])
+def test_rotates(n: int) -> None:
+    x = torch.randn(5, n)
+    for bits in (1, 4):
+        repeat(lambda bits=bits: pack(x, PackSpec(1.0, bits=bits, rotated=True)).unpack(), "pack", "unpack")
+
+
+@pytest.mark.parametrize(
+    "spec", [PackSpec(0.97, bits=3), PackSpec(0.9), PackSpec(0.99, bits=2), PackSpec(0.97, bits=3, rotated=True)]
+)
 @pytest.mark.parametrize("centred", [True, False])
 def test_norms(spec: PackSpec, centred: bool) -> None:
     x, grad, gamma = torch.randn(70, 203), torch.randn(70, 203), torch.randn(203) if centred else None

@@ -43,6 +43,7 @@ def batch_norm_backward(
     coding: str,
     bits: int,
     levels: Sequence[float],
+    rotated: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dX, dgamma and dbeta.
 
@@ -50,8 +51,8 @@ def batch_norm_backward(
         grad: dY, float32 `(batch, channels, ...)`.
         gamma_rstd: float32 `(channels,)`: gamma over the deviation.
         by_batch: normalised by the statistics of the batch; else by fixed ones.
-        values, index, scale, fields, k, coding, bits, levels: the packed x_hat (see `rows.unpack`), with a row for
-            each channel of each sample.
+        values, index, scale, fields, k, coding, bits, levels, rotated: the packed x_hat (see `rows.unpack`), with a row
+            for each channel of each sample.
 
     Returns:
         float32: as `grad`, `(channels,)`, `(channels,)`.
@@ -60,7 +61,7 @@ def batch_norm_backward(
     batch, channels = grad.shape[:2]
     n = grad.numel() // (batch * channels)
     x_hat, _used = unpack_arguments(
-        values, index, scale, fields, None, 1, 0, batch * channels, n, k, coding, bits, levels
+        values, index, scale, fields, None, 1, 0, batch * channels, n, k, coding, bits, levels, rotated
     )
     grad_input, grad_gamma, grad_beta = _fake_batch_norm_backward(grad, gamma_rstd)
     arguments = _BatchNormArgs(
@@ -87,7 +88,8 @@ def _fake_batch_norm_backward(grad: Tensor, gamma_rstd: Tensor, *_others: object
 _operators = torch.library.Library("hf_backrazor", "FRAGMENT")
 _operators.define(
     "batch_norm_backward(Tensor grad, Tensor gamma_rstd, bool by_batch, Tensor? values, Tensor? index, "
-    "Tensor? scale, Tensor? fields, int k, str coding, int bits, float[] levels) -> (Tensor, Tensor, Tensor)"
+    "Tensor? scale, Tensor? fields, int k, str coding, int bits, float[] levels, bool rotated) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 _operators.impl("batch_norm_backward", batch_norm_backward, "CPU")
 torch.library.register_fake("hf_backrazor::batch_norm_backward", _fake_batch_norm_backward)

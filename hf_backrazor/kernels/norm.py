@@ -47,6 +47,7 @@ def norm_backward(
     coding: str,
     bits: int,
     levels: Sequence[float],
+    rotated: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dX, dgamma and dbeta.
 
@@ -55,14 +56,14 @@ def norm_backward(
         rstd: float32, a number for each row.
         gamma: float32 `(n,)`, or None: 1.
         centred: LayerNorm; else RMSNorm.
-        values, index, scale, fields, k, coding, bits, levels: the packed x_hat (see `rows.unpack`).
+        values, index, scale, fields, k, coding, bits, levels, rotated: the packed x_hat (see `rows.unpack`).
 
     Returns:
         float32 `(rows, n)`, `(n,)`, `(n,)`.
     """
     rows, n = grad.shape
     grad, rstd, gamma = grad.contiguous(), rstd.contiguous(), None if gamma is None else gamma.contiguous()
-    x_hat, _used = unpack_arguments(values, index, scale, fields, None, 1, 0, rows, n, k, coding, bits, levels)
+    x_hat, _used = unpack_arguments(values, index, scale, fields, None, 1, 0, rows, n, k, coding, bits, levels, rotated)
     grad_input = torch.empty_like(grad)
     sums = grad.new_empty(2, -(-rows // BLOCK), n)
     arguments = _NormArgs(
@@ -85,7 +86,8 @@ def norm_backward(
 _operators = torch.library.Library("hf_backrazor", "FRAGMENT")
 _operators.define(
     "norm_backward(Tensor grad, Tensor rstd, Tensor? gamma, bool centred, Tensor? values, Tensor? index, "
-    "Tensor? scale, Tensor? fields, int k, str coding, int bits, float[] levels) -> (Tensor, Tensor, Tensor)"
+    "Tensor? scale, Tensor? fields, int k, str coding, int bits, float[] levels, bool rotated) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 _operators.impl("norm_backward", norm_backward, "CPU")
 _operators.impl("norm_backward", on_cuda("norm", "norm_backward"), "CUDA")
@@ -93,6 +95,6 @@ _operators.impl("norm_backward", on_cuda("norm", "norm_backward"), "CUDA")
 
 @torch.library.register_fake("hf_backrazor::norm_backward")
 def _fake_norm_backward(
-    grad, rstd, gamma, centred, values, index, scale, fields, k, coding, bits, levels
+    grad, rstd, gamma, centred, values, index, scale, fields, k, coding, bits, levels, rotated
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(grad), grad.new_empty(grad.shape[1]), grad.new_empty(grad.shape[1])

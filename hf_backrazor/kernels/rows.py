@@ -45,6 +45,8 @@ class _PackArgs(ctypes.Structure):
         ("bits", _int),
         ("even", _int),
         ("thresholds", _pointer),
+        ("levels", _pointer),
+        ("rotated", _int),
         ("scale", _pointer),
         ("fields", _pointer),
         ("fields_stride", _int),
@@ -60,6 +62,7 @@ class UnpackArgs(ctypes.Structure):
         ("n", _int),
         ("bits", _int),
         ("levels", _pointer),
+        ("rotated", _int),
         ("scale", _pointer),
         ("fields", _pointer),
         ("fields_stride", _int),
@@ -78,6 +81,7 @@ class UnpackArgs(ctypes.Structure):
         ("high", _float),
         ("keep_base", _int),
         ("out_dtype", _int),
+        ("accumulate", _int),
         ("out", _pointer),
         ("threads", _int),
     )
@@ -116,6 +120,8 @@ def pack(
     code_bytes: int,
     even: bool,
     thresholds: Sequence[float],
+    levels: Sequence[float],
+    rotated: bool,
     value_dtype: torch.dtype,
 ) -> list[Tensor]:
     """Keep the `k` greatest magnitudes of each set, and code the rest; all in one pass.
@@ -131,8 +137,10 @@ def pack(
         index_bytes: bytes of a set's index.
         bits: of the codes, 0 to 4.
         code_bytes: bytes of a set's codes.
-        even: whether levels are even, and scale with the greatest magnitude; else with the root mean square.
+        even: whether levels are even, and chosen at the greatest magnitude; else at the root mean square.
         thresholds: between the positive levels.
+        levels: the positive ones.
+        rotated: whether what is left is turned before it is coded.
         value_dtype: of kept values.
 
     Returns:
@@ -147,6 +155,7 @@ def pack(
     sizes, strides = layout
     mean, rstd, centre = (None if t is None else t.contiguous() for t in (mean, rstd, centre))
     table = (ctypes.c_float * max(1, len(thresholds)))(*thresholds)
+    positive = (ctypes.c_float * max(1, len(levels)))(*levels)
     arguments = _PackArgs(
         x=x.data_ptr(),
         x_dtype=DTYPES[x.dtype],
@@ -166,6 +175,8 @@ def pack(
         bits=bits,
         even=even,
         thresholds=ctypes.addressof(table),
+        levels=ctypes.addressof(positive),
+        rotated=rotated,
         scale=scale.data_ptr(),
         fields=fields.data_ptr(),
         fields_stride=code_bytes,
@@ -176,7 +187,22 @@ def pack(
 
 
 def _fake_pack(
-    x: Tensor, mean, rstd, centre, group, n, k, coding, index_bytes, bits, code_bytes, even, thresholds, value_dtype
+    x: Tensor,
+    mean,
+    rstd,
+    centre,
+    group,
+    n,
+    k,
+    coding,
+    index_bytes,
+    bits,
+    code_bytes,
+    even,
+    thresholds,
+    levels,
+    rotated,
+    value_dtype,
 ) -> list[Tensor]:
     return new_parts(x, n, k, index_bytes, bits, code_bytes, value_dtype)
 
@@ -216,13 +242,14 @@ def unpack(
     centre: Tensor | None,
     group: int,
     first: int,
-    base: Tensor | None,
     rows: int,
     n: int,
     k: int,
     coding: str,
     bits: int,
     levels: Sequence[float],
+    rotated: bool,
+    base: Tensor | None,
     gain: Tensor | None,
     offset: Tensor | None,
     low: float,
@@ -236,10 +263,11 @@ def unpack(
             scale, it is 1.
         centre, group: as for `pack`.
         first: the place of the first row among the sets that `centre` is for.
-        base: `(rows, n)` in `dtype`: what elements stand for that are neither kept nor coded. None: zero.
         rows, n: of the result.
         k, coding, bits: as for `pack`.
         levels: what each code stands for at a scale of 1.
+        rotated: as for `pack`.
+        base: `(rows, n)` in `dtype`: what elements stand for that are neither kept nor coded. None: zero.
         gain, offset: float32, a number for each row; or None: 1 and 0.
         low, high: limits of the result, infinite for none.
         dtype: float32 or bfloat16.
@@ -250,7 +278,7 @@ def unpack(
     source = next(part for part in (values, fields, base) if part is not None)
     out = source.new_empty((rows, n), dtype=dtype) if base is None else base.clone()
     arguments, _used = unpack_arguments(
-        values, index, scale, fields, centre, group, first, rows, n, k, coding, bits, levels
+        values, index, scale, fields, centre, group, first, rows, n, k, coding, bits, levels, rotated
     )
     gain, offset = (None if t is None else t.contiguous() for t in (gain, offset))
     arguments.gain, arguments.offset = address(gain), address(offset)
@@ -261,6 +289,41 @@ def unpack(
     arguments.threads = threads_for(out.numel())
     check(load().hf_backrazor_unpack(ctypes.byref(arguments)))
     return out
+
+
+def accumulate(
+    into: Tensor,
+    values: Tensor | None,
+    index: Tensor | None,
+    scale: Tensor | None,
+    fields: Tensor | None,
+    centre: Tensor | None,
+    group: int,
+    first: int,
+    rows: int,
+    n: int,
+    k: int,
+    coding: str,
+    bits: int,
+    levels: Sequence[float],
+    rotated: bool,
+    sign: int,
+) -> None:
+    """Add rows that `pack` packed to others, or subtract them, in place.
+
+    Args:
+        into: float32, contiguous, `rows * n` elements.
+        values, index, scale, fields, centre, group, first, rows, n, k, coding, bits, levels, rotated: see `unpack`.
+        sign: 1 or -1.
+    """
+    arguments, _used = unpack_arguments(
+        values, index, scale, fields, centre, group, first, rows, n, k, coding, bits, levels, rotated
+    )
+    arguments.accumulate = sign
+    arguments.out_dtype = DTYPES[into.dtype]
+    arguments.out = into.data_ptr()
+    arguments.threads = threads_for(into.numel())
+    check(load().hf_backrazor_unpack(ctypes.byref(arguments)))
 
 
 def unpack_arguments(
@@ -277,6 +340,7 @@ def unpack_arguments(
     coding: str,
     bits: int,
     levels: Sequence[float],
+    rotated: bool,
 ) -> tuple[UnpackArgs, object]:
     """What says how rows are read (see `unpack`), and what has to live while it is used."""
     values, index, scale, fields, centre = (
@@ -288,6 +352,7 @@ def unpack_arguments(
         n=n,
         bits=bits,
         levels=ctypes.addressof(table),
+        rotated=rotated,
         scale=address(scale),
         fields=address(fields),
         fields_stride=0 if fields is None else fields.shape[-1],
@@ -314,13 +379,14 @@ def _fake_unpack(
     centre,
     group,
     first,
-    base,
     rows,
     n,
     k,
     coding,
     bits,
     levels,
+    rotated,
+    base,
     gain,
     offset,
     low,
@@ -338,16 +404,24 @@ def address(x: Tensor | None) -> int | None:
 _operators = torch.library.Library("hf_backrazor", "FRAGMENT")
 _operators.define(
     "pack(Tensor x, Tensor? mean, Tensor? rstd, Tensor? centre, int group, int n, int k, str coding, int index_bytes, "
-    "int bits, int code_bytes, bool even, float[] thresholds, ScalarType value_dtype) -> Tensor[]"
+    "int bits, int code_bytes, bool even, float[] thresholds, float[] levels, bool rotated, "
+    "ScalarType value_dtype) -> Tensor[]"
 )
 _operators.define(
     "unpack(Tensor? values, Tensor? index, Tensor? scale, Tensor? fields, Tensor? centre, int group, int first, "
-    "Tensor? base, int rows, int n, int k, str coding, int bits, float[] levels, Tensor? gain, Tensor? offset, "
-    "float low, float high, ScalarType dtype) -> Tensor"
+    "int rows, int n, int k, str coding, int bits, float[] levels, bool rotated, Tensor? base, Tensor? gain, "
+    "Tensor? offset, float low, float high, ScalarType dtype) -> Tensor"
+)
+_operators.define(
+    "accumulate(Tensor(a!) into, Tensor? values, Tensor? index, Tensor? scale, Tensor? fields, Tensor? centre, "
+    "int group, int first, int rows, int n, int k, str coding, int bits, float[] levels, bool rotated, int sign) -> ()"
 )
 _operators.impl("pack", pack, "CPU")
 _operators.impl("unpack", unpack, "CPU")
+_operators.impl("accumulate", accumulate, "CPU")
 _operators.impl("pack", on_cuda("rows", "pack"), "CUDA")
 _operators.impl("unpack", on_cuda("rows", "unpack"), "CUDA")
+_operators.impl("accumulate", on_cuda("rows", "accumulate"), "CUDA")
 torch.library.register_fake("hf_backrazor::pack", _fake_pack)
 torch.library.register_fake("hf_backrazor::unpack", _fake_unpack)
+torch.library.register_fake("hf_backrazor::accumulate", lambda *_arguments: None)

@@ -13,6 +13,7 @@ from .normalised import (
     packed_norm_gradients,
 )
 from .packed import PackSpec, SparseLayout, pack, sparse_layout
+from .rotation import rotate, unrotate
 from .select import kept_count, topk_mask
 from .steps import Steps, pack_steps, times_steps
 
@@ -46,9 +47,11 @@ __all__ = [
     "pack_steps",
     "packed_batch_norm_gradients",
     "packed_norm_gradients",
+    "rotate",
     "sparse_layout",
     "times_steps",
     "topk_mask",
     "unpack_bits",
+    "unrotate",
     "weight_gradient",
 ]

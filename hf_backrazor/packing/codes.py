@@ -1,9 +1,14 @@
 """Low-bit codes of a row: one scale, and for each element the number of the nearest level.
 
 1 to 4 bits: sign and magnitude. The levels are either the Lloyd-Max levels of a unit Gaussian (J. Max, "Quantizing for
-minimum distortion", IRE Trans. Inf. Theory 6, 1960, table I), scaled by the row's root mean square; or evenly spaced,
-the outermost being the row's greatest magnitude. The former suit what is left of a row without its outliers, the latter
-a row with them. 8 bits: 255 evenly spaced levels.
+minimum distortion", IRE Trans. Inf. Theory 6, 1960, table I), and an element takes the nearest at the row's root mean
+square; or evenly spaced, the outermost being the row's greatest magnitude. The former suit what is left of a row
+without its outliers, the latter a row with them. 8 bits: 255 evenly spaced levels.
+
+With levels q(x) chosen, the scale that is stored for 1 to 4 bits is sum(x^2) / sum(x q(x)): what is decoded has the
+projection 1 onto what was coded. At the scale that they are chosen at, levels that are the means of their intervals
+decode to something shorter. (S. Vargaftik et al., "EDEN: Communication-Efficient and Robust Distributed Mean
+Estimation for Federated Learning", ICML 2022.)
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .bits import pack_codes, unpack_codes
+from .rotation import rotate, unrotate
 
 CODE_BITS = (1, 2, 3, 4, 8)
 
@@ -53,7 +59,7 @@ class Codes(NamedTuple):
     fields: Tensor
 
 
-def encode(x: Tensor, bits: int, keep: Tensor | None = None, levels: str = "gaussian") -> Codes:
+def encode(x: Tensor, bits: int, keep: Tensor | None = None, levels: str = "gaussian", rotated: bool = False) -> Codes:
     """Code the rows of `x`.
 
     A NaN or infinity in a row makes its scale non-finite, and the whole row decodes to NaN.
@@ -63,6 +69,7 @@ def encode(x: Tensor, bits: int, keep: Tensor | None = None, levels: str = "gaus
         bits: one of `CODE_BITS`.
         keep: bool `(rows, n)`: elements stored elsewhere. They get an arbitrary code and do not count for the scale.
         levels: `"gaussian"` or `"even"`; 8 bits are always even.
+        rotated: turn the rows first (see `rotation`); not with 8 bits.
     """
     x = x.float() if x.dtype.itemsize < 4 else x
     if keep is not None:
@@ -70,25 +77,38 @@ def encode(x: Tensor, bits: int, keep: Tensor | None = None, levels: str = "gaus
     if bits == 8:
         scale = _greatest(x).div_(127).float()
         return Codes(scale, (x / _divisor(scale)).round_().nan_to_num_(0, 0, 0).clamp_(-127, 127).to(torch.int8))
-    if levels == "even":
-        scale = _greatest(x)
-    else:
-        counted = x.shape[-1] if keep is None else (x.shape[-1] - keep.sum(-1, keepdim=True)).clamp_(min=1)
-        # In double precision, the order of summation does not show.
-        scale = (x.double().square_().sum(-1, keepdim=True) / counted).sqrt_().to(x.dtype)
-    scale = scale.to(torch.bfloat16)
+    counted: int | Tensor = x.shape[-1]
+    if rotated:
+        # Every coordinate has its share of what is left, also where an element was taken out.
+        x = rotate(x)
+    elif keep is not None:
+        counted = (counted - keep.sum(-1, keepdim=True)).clamp_(min=1)
+    # In double precision, the order of summation does not show.
+    squares = x.double().square().sum(-1, keepdim=True)
+    reach = _greatest(x) if levels == "even" else (squares / counted).sqrt_().to(x.dtype)
+    reach = reach.to(torch.bfloat16).to(x.dtype)
     magnitude = x.abs()
-    fields = x.signbit().to(torch.uint8).mul_(2 ** (bits - 1))
+    # Not the sign bit: that of a NaN depends on the processor.
+    codes = (x < 0).to(torch.uint8).mul_(2 ** (bits - 1))
     for threshold in thresholds_of(bits, levels):
-        fields += magnitude > scale.to(x.dtype) * threshold
-    return Codes(scale, pack_codes(fields, bits))
+        codes += magnitude > reach * threshold
+    fields = pack_codes(codes, bits)
+    chosen = unpack_codes(fields, x.shape[-1], bits, levels_of(bits, levels), x.dtype)
+    products = (x.double() * chosen).sum(-1, keepdim=True)
+    scale = torch.where(products == 0, 0, squares / products)
+    return Codes(scale.to(torch.float32).to(torch.bfloat16), fields)
 
 
-def decode(codes: Codes, bits: int, n: int, dtype: torch.dtype, levels: str = "gaussian") -> Tensor:
+def decode(
+    codes: Codes, bits: int, n: int, dtype: torch.dtype, levels: str = "gaussian", rotated: bool = False
+) -> Tensor:
     """What `codes` stand for: `(rows, n)` in `dtype`. All-zero rows decode to zero."""
     scale, fields = codes
     if bits == 8:
         return fields.to(dtype).mul_(scale.to(dtype))
+    if rotated:
+        wide = torch.promote_types(dtype, torch.float32)
+        return unrotate(unpack_codes(fields, n, bits, levels_of(bits, levels), wide) * scale.to(wide)).to(dtype)
     return unpack_codes(fields, n, bits, levels_of(bits, levels), dtype) * scale.to(dtype)
 
 

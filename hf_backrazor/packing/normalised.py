@@ -55,6 +55,7 @@ def packed_norm_gradients(
         layout.coding,
         spec.bits,
         levels_of(spec.bits, spec.levels) if spec.bits else (),
+        spec.rotated,
     )
 
 
@@ -105,6 +106,7 @@ def packed_batch_norm_gradients(
         layout.coding,
         spec.bits,
         levels_of(spec.bits, spec.levels) if spec.bits else (),
+        spec.rotated,
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ class PackSpec:
         centred: store the mean over the second-to-last dimension (tokens), and pack what each row deviates from it.
         row_dims: how many of the last dimensions make a row: 1 for tokens; 2 for feature maps `(batch, channels,
             height, width)`, whose width alone would make short rows.
+        rotated: turn what top-k leaves of a row before it is coded (see `rotation`). For Gaussian levels and sets that
+            are rows.
     """
 
     sparsity: float = 0.0
@@ -44,10 +47,16 @@ class PackSpec:
     levels: str = "gaussian"
     centred: bool = False
     row_dims: int = 1
+    rotated: bool = False
 
     def __post_init__(self) -> None:
         if self.bits and self.bits not in CODE_BITS:
             raise ValueError(f"bits={self.bits!r}: must be 0 or one of {CODE_BITS}")
+        if self.rotated and (self.granularity != "row" or self.levels != "gaussian" or not 1 <= self.bits <= 4):
+            raise ValueError(
+                f"rotated=True with granularity={self.granularity!r}, levels={self.levels!r}, bits={self.bits!r}: "
+                "must be granularity='row', levels='gaussian' and 1 to 4 bits"
+            )
 
 
 @dataclass(frozen=True)
@@ -160,9 +169,37 @@ class SparseLayout(Layout):
             return self.unpack_rows(parts, 0, self.matrix[0], dtype or self.dtype).view(self.shape)
         return super().unpack(parts, dtype)
 
+    def add_to(self, parts: Sequence[Tensor], into: Tensor, sign: int = 1) -> None:
+        """Add the tensor to another one, or subtract it: `into.add_(self.unpack(parts, torch.float32), alpha=sign)`.
+
+        No dense tensor is made on the way, but for a few rows where nothing was compiled.
+
+        Args:
+            parts: of this layout.
+            into: contiguous, float32 or float64, with as many elements; changed in place.
+            sign: 1 or -1.
+        """
+        if not into.is_contiguous():
+            raise ValueError(f"add_to takes contiguous tensors to add to, got strides {into.stride()}")
+        into = into.view(self.matrix)
+        if into.dtype != torch.float32 or not self.is_compiled(parts, torch.float32):
+            for start, stop, dense in self.slices(parts, torch.float32):
+                into[start:stop].add_(dense, alpha=sign)
+            return
+        means = None
+        if self.spec.centred:
+            means, *parts = parts
+        torch.ops.hf_backrazor.accumulate(into, *self._read(parts, means, self.group, 0), sign)
+        if not into.is_inference():
+            # What autograd has saved of it is no longer there.
+            torch.autograd.graph.increment_version(into)
+
     def integers(self, parts: Sequence[Tensor]) -> Integers | None:
         """See `Layout.integers`."""
         if not 1 <= self.spec.bits <= 4 or self.spec.centred or not self.keeps_floats_by_row:
+            return None
+        if self.spec.rotated:
+            # The codes are those of another matrix.
             return None
         scale, fields = parts[-2:]
         levels = levels_of(self.spec.bits, self.spec.levels)
@@ -215,25 +252,32 @@ class SparseLayout(Layout):
         first: int,
         then: RowMap,
     ) -> Tensor:
-        bits = self.spec.bits
         dense = torch.ops.hf_backrazor.unpack(
-            *self.split(parts),
-            means,
-            group,
-            first % group,
-            None if bits or base is None else base.reshape(self.sets, self.set_size),
-            self.sets,
-            self.set_size,
-            self.kept,
-            self.coding,
-            bits,
-            levels_of(bits, self.spec.levels) if bits else (),
+            *self._read(parts, means, group, first),
+            None if self.spec.bits or base is None else base.reshape(self.sets, self.set_size),
             *(None if t is None else t.float() for t in (then.gain, then.offset)),
             then.low,
             then.high,
             dtype,
         )
         return dense.view(self.matrix)
+
+    def _read(self, parts: Sequence[Tensor], means: Tensor | None, group: int, first: int) -> tuple[Any, ...]:
+        """The arguments that say how compiled primitives read these rows: see `kernels.rows.unpack`."""
+        bits = self.spec.bits
+        return (
+            *self.split(parts),
+            means,
+            group,
+            first % group,
+            self.sets,
+            self.set_size,
+            self.kept,
+            self.coding,
+            bits,
+            levels_of(bits, self.spec.levels) if bits else (),
+            self.spec.rotated,
+        )
 
     def _unpack(self, parts: Sequence[Tensor], dtype: torch.dtype, base: Tensor | None) -> Tensor:
         remaining = list(parts)
@@ -247,7 +291,8 @@ class SparseLayout(Layout):
                 return values.view(self.matrix)
             index = remaining.pop(0)
         if self.spec.bits:
-            dense = decode(Codes(*remaining), self.spec.bits, self.matrix[1], dtype, self.spec.levels).contiguous()
+            spec = self.spec
+            dense = decode(Codes(*remaining), spec.bits, self.matrix[1], dtype, spec.levels, spec.rotated).contiguous()
         elif base is not None:
             dense = base.contiguous()
         else:
@@ -323,6 +368,8 @@ def _pack_natively(x: Tensor, layout: SparseLayout, mean: Tensor | None = None, 
         code_width(n, spec.bits) if spec.bits else 0,
         spec.levels == "even",
         thresholds_of(spec.bits, spec.levels) if spec.bits else (),
+        levels_of(spec.bits, spec.levels)[: 2 ** (spec.bits - 1)] if spec.bits else (),
+        spec.rotated,
         layout.value_dtype,
     )
     kept = (values, index.view(index_dtype(n, layout.coding))) if k else ()
@@ -358,7 +405,7 @@ def _parts(x: Tensor, layout: SparseLayout) -> tuple[Tensor, ...]:
         parts.append(encode_index(keep, positions, layout.coding))
         keep = keep.view(layout.matrix)
     if layout.spec.bits:
-        parts += encode(x, layout.spec.bits, keep, layout.spec.levels)
+        parts += encode(x, layout.spec.bits, keep, layout.spec.levels, layout.spec.rotated)
     if not parts:
         # An empty tensor, or one of which nothing is kept: a part still says on which device to unpack.
         parts.append(x.new_empty(0))

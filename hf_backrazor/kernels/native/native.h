@@ -77,8 +77,10 @@ typedef struct {
     uint8_t *index;           /* (sets, index_stride) bytes */
     int64_t index_stride;
     int64_t bits;             /* 0 to 4 */
-    int64_t even;             /* evenly spaced levels, scaled by the greatest magnitude; else by the mean square */
-    const float *thresholds;  /* between the positive levels, for a scale of 1: 2^(bits-1) - 1 of them */
+    int64_t even;             /* evenly spaced levels, chosen at the greatest magnitude; else at the mean square */
+    const float *thresholds;  /* between the positive levels, for a scale of 1: 2^(bits-1) - 1 of them, ascending */
+    const float *levels;      /* the positive levels: 2^(bits-1) of them */
+    int64_t rotated;          /* whether what is left is turned before it is coded */
     uint16_t *scale;          /* bfloat16 (sets, 1) */
     uint8_t *fields;          /* (sets, fields_stride) bytes */
     int64_t fields_stride;
@@ -90,6 +92,7 @@ typedef struct {
     int64_t rows, n;
     int64_t bits;             /* 0 to 4 */
     const float *levels;      /* what each of the 2^bits codes stands for at a scale of 1 */
+    int64_t rotated;          /* whether what they stand for was turned, and is to be turned back */
     const uint16_t *scale;    /* bfloat16 (rows, 1), or NULL: 1 */
     const uint8_t *fields;    /* (rows, fields_stride) bytes */
     int64_t fields_stride;
@@ -104,6 +107,7 @@ typedef struct {
     float low, high;          /* then limited to these; infinite: not */
     int64_t keep_base;        /* with bits = 0: whether `out` holds what elements not kept are, else they are zero */
     int64_t out_dtype;        /* FLOAT32 or BFLOAT16 */
+    int64_t accumulate;       /* 1 or -1: added to what `out` holds, FLOAT32, or subtracted; 0: takes its place */
     void *out;                /* (rows, n) */
     int64_t threads;
 } unpack_args;

@@ -4,6 +4,7 @@
 #include "avx512.h"
 #include "fields.h"
 #include "native.h"
+#include "rotation.h"
 
 /* Lists are read and written in steps of so many, and have room for one more. */
 enum { LIST_STEP = 16 };
@@ -205,59 +206,85 @@ INLINED double sum_of_squares(const float *restrict x, int64_t n) {
     return sum_doubles(lanes);
 }
 
-/* Of a portion, sign and magnitude: the number of thresholds below |x|, and 2^(bits-1) for a negative x. */
-INLINED void count_thresholds(const float *restrict x, int64_t bits, const float *restrict t, uint8_t *restrict codes) {
-#define SIGN(i) (bits_of(x[i]) >> 31 << (bits - 1))
-#define OVER(i, j) (float_of(magnitude(x[i])) > t[j] ? 1u : 0u)
+/* Of a portion, sign and magnitude: the number of thresholds below |x|, and 2^(bits-1) for a negative x; and the level
+ * of that number. */
+INLINED void choose_levels(const float *restrict x, int64_t bits, const float *restrict t, const float *restrict levels,
+                           uint8_t *restrict codes, float *restrict chosen) {
+    const float v0 = levels[0], v1 = levels[bits > 1], v2 = levels[bits > 2 ? 2 : 0], v3 = levels[bits > 2 ? 3 : 0];
+    const float v4 = levels[bits > 3 ? 4 : 0], v5 = levels[bits > 3 ? 5 : 0], v6 = levels[bits > 3 ? 6 : 0];
+    const float v7 = levels[bits > 3 ? 7 : 0];
+/* Not the sign bit: that of a NaN depends on the processor. */
+#define SIGN(i) (x[i] < 0.0f ? 1u << (bits - 1) : 0u)
+#define REACH(i, j) (float_of(magnitude(x[i])) > t[j])
+#define OVER(i, j) (REACH(i, j) ? 1u : 0u)
     if (bits == 1) {
         for (int i = 0; i < PORTION; i++) codes[i] = (uint8_t)SIGN(i);
+        for (int i = 0; i < PORTION; i++) chosen[i] = v0;
     } else if (bits == 2) {
         for (int i = 0; i < PORTION; i++) codes[i] = (uint8_t)(SIGN(i) + OVER(i, 0));
+        for (int i = 0; i < PORTION; i++) chosen[i] = REACH(i, 0) ? v1 : v0;
     } else if (bits == 3) {
         for (int i = 0; i < PORTION; i++) codes[i] = (uint8_t)(SIGN(i) + OVER(i, 0) + OVER(i, 1) + OVER(i, 2));
+        for (int i = 0; i < PORTION; i++) {
+            const float a = REACH(i, 0) ? v1 : v0, b = REACH(i, 2) ? v3 : v2;
+            chosen[i] = REACH(i, 1) ? b : a;
+        }
     } else {
         for (int i = 0; i < PORTION; i++)
             codes[i] = (uint8_t)(SIGN(i) + OVER(i, 0) + OVER(i, 1) + OVER(i, 2) + OVER(i, 3) + OVER(i, 4) + OVER(i, 5) +
                                  OVER(i, 6));
+        for (int i = 0; i < PORTION; i++) {
+            const float a = REACH(i, 0) ? v1 : v0, b = REACH(i, 2) ? v3 : v2, c = REACH(i, 4) ? v5 : v4;
+            const float d = REACH(i, 6) ? v7 : v6, e = REACH(i, 1) ? b : a, f = REACH(i, 5) ? d : c;
+            chosen[i] = REACH(i, 3) ? f : e;
+        }
     }
 #undef OVER
+#undef REACH
 #undef SIGN
 }
 
 /* `bits` is a number that the compiler knows. */
-INLINED void encode_row_of(const float *x, int64_t n, int64_t bits, const float *thresholds, uint8_t *fields) {
+INLINED double encode_row_of(const float *x, int64_t n, int64_t bits, const float *thresholds, const float *levels,
+                             uint8_t *fields) {
+    double lanes[LANES] = {0};
     for (int64_t start = 0; start < n; start += PORTION) {
         uint8_t codes[PORTION];
-        count_thresholds(x + start, bits, thresholds, codes);
+        float chosen[PORTION];
+        choose_levels(x + start, bits, thresholds, levels, codes, chosen);
+#define PRODUCT(i) ((double)float_of(magnitude(x[start + (i)])) * (double)chosen[i])
+        for (int i = 0; i < LANES; i++) lanes[i] += PRODUCT(i) + PRODUCT(LANES + i);
+#undef PRODUCT
         write_codes(codes, start, n, bits, fields);
     }
+    return sum_doubles(lanes);
 }
 
-/* Codes of a row by its thresholds, 2^(bits-1) - 1 of them. `x` has zeros up to a full portion. */
-INLINED void encode_row(const float *x, int64_t n, int64_t bits, const float *thresholds, uint8_t *fields) {
-    if (bits == 1) {
-        encode_row_of(x, n, 1, thresholds, fields);
-    } else if (bits == 2) {
-        encode_row_of(x, n, 2, thresholds, fields);
-    } else if (bits == 3) {
-        encode_row_of(x, n, 3, thresholds, fields);
-    } else {
-        encode_row_of(x, n, 4, thresholds, fields);
-    }
+/* Codes of a row by its thresholds, 2^(bits-1) - 1 of them. `x` has zeros up to a full portion. Returns the sum of the
+ * elements times their levels. */
+INLINED double encode_row(const float *x, int64_t n, int64_t bits, const float *thresholds, const float *levels,
+                          uint8_t *fields) {
+    if (bits == 1) return encode_row_of(x, n, 1, thresholds, levels, fields);
+    if (bits == 2) return encode_row_of(x, n, 2, thresholds, levels, fields);
+    if (bits == 3) return encode_row_of(x, n, 3, thresholds, levels, fields);
+    return encode_row_of(x, n, 4, thresholds, levels, fields);
 }
 
 INLINED void emit_codes(const pack_args *a, int64_t set, const scratch *s) {
     const int64_t n = a->n, count = ((int64_t)1 << (a->bits - 1)) - 1;
-    float scale, thresholds[7];
+    float reach, thresholds[7];
     for (int64_t j = 0; j < a->k; j++) s->x[s->places[j]] = 0.0f;
+    if (a->rotated) rotate_row(s->x, n, 0);
+    const double squares = sum_of_squares(s->x, n);
     if (a->even) {
-        scale = float_of(greatest_up_to(s->x, n, ABOVE_ALL - 1));
+        reach = float_of(greatest_up_to(s->x, n, ABOVE_ALL - 1));
     } else {
-        scale = (float)sqrt(sum_of_squares(s->x, n) / (double)(n - a->k));
+        reach = (float)sqrt(squares / (double)(a->rotated ? n : n - a->k));
     }
-    a->scale[set] = to_bfloat16(scale);
-    for (int64_t j = 0; j < count; j++) thresholds[j] = a->thresholds[j] * from_bfloat16(a->scale[set]);
-    encode_row(s->x, n, a->bits, thresholds, a->fields + set * a->fields_stride);
+    reach = from_bfloat16(to_bfloat16(reach));
+    for (int64_t j = 0; j < count; j++) thresholds[j] = a->thresholds[j] * reach;
+    const double products = encode_row(s->x, n, a->bits, thresholds, a->levels, a->fields + set * a->fields_stride);
+    a->scale[set] = to_bfloat16(products == 0.0 ? 0.0f : (float)(squares / products));
 }
 
 /* Where a set begins in `x`. */

@@ -6,6 +6,13 @@
 CLONED static void unpack_rows(const unpack_args *a, int64_t first, int64_t last, float *x) {
     int64_t n = a->n;
     for (int64_t row = first; row < last; row++) {
+        if (a->accumulate) {
+            float *restrict sum = (float *)a->out + row * n;
+            const float sign = (float)a->accumulate;
+            unpack_row(a, row, x);
+            for (int64_t i = 0; i < n; i++) sum[i] += sign * x[i];
+            continue;
+        }
         if (a->out_dtype == FLOAT32) {
             unpack_row(a, row, (float *)a->out + row * n);
             continue;

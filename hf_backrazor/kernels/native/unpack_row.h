@@ -7,6 +7,7 @@
 #include "fields.h"
 #include "index.h"
 #include "native.h"
+#include "rotation.h"
 
 /* gain x + offset within the limits, of one row. */
 typedef struct {
@@ -33,11 +34,12 @@ INLINED float mapped(const row_map *m, float x) {
     return x;
 }
 
-/* Codes stand for few values in a row, so mapping these is all it takes; with a base or a centre, every element. */
+/* Codes stand for few values in a row, so mapping these is all it takes; of rows that are turned back, and with a base or a
+ * centre, every element. */
 INLINED void unpack_row(const unpack_args *a, int64_t row, float *restrict x) {
     const int64_t n = a->n;
     const row_map map = map_of_row(a, row);
-    const int maps = map.scaled || map.shifted || map.limited, late = maps && (a->keep_base || a->centre);
+    const int maps = map.scaled || map.shifted || map.limited, late = maps && (a->keep_base || a->centre || a->rotated);
     if (a->bits) {
         float values[16] = {0};
         const float scale = a->scale ? from_bfloat16(a->scale[row]) : 1.0f;
@@ -54,6 +56,7 @@ INLINED void unpack_row(const unpack_args *a, int64_t row, float *restrict x) {
             look_up(codes, a->bits, values, full ? x + start : last);
             if (!full) memcpy(x + start, last, (size_t)(n - start) * 4);
         }
+        if (a->rotated) rotate_row(x, n, 1);
     } else if (!a->keep_base) {
         const float zero = maps && !late ? mapped(&map, 0.0f) : 0.0f;
         for (int64_t i = 0; i < n; i++) x[i] = zero;

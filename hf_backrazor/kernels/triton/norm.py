@@ -40,6 +40,7 @@ def norm_backward_kernel(
     KEPT: tl.constexpr,
     BITS: tl.constexpr,
     LEVELS: tl.constexpr,
+    ROTATED: tl.constexpr,
     TILES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -75,7 +76,9 @@ def norm_backward_kernel(
             KEPT,
             BITS,
             LEVELS,
+            ROTATED,
             False,
+            0,
             BLOCK,
         )
         tl.debug_barrier()
@@ -107,6 +110,7 @@ def norm_backward(
     coding: str,
     bits: int,
     levels: Sequence[float],
+    rotated: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `kernels.norm.norm_backward`."""
     rows, n = grad.shape
@@ -142,6 +146,7 @@ def norm_backward(
             KEPT=triton.next_power_of_2(max(k, 1)),
             BITS=bits,
             LEVELS=tuple(levels),
+            ROTATED=rotated,
             TILES=TILES,
             **tile,
             **EXACT,

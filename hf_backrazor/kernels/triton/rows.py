@@ -17,6 +17,7 @@ from .tiles import (
     MASK,
     OFFSETS,
     POSITIONS,
+    rotate_tile,
     rounded,
     store_codes,
     store_fields,
@@ -87,6 +88,8 @@ def pack_kernel(
     BITS: tl.constexpr,
     EVEN: tl.constexpr,
     THRESHOLDS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    ROTATED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -120,19 +123,26 @@ def pack_kernel(
                 tl.store(to, ((ends >> (8 * byte)) & 255).to(tl.uint8), mask=some)
         dense = tl.where(keep, 0.0, dense)
     if BITS > 0:
+        if ROTATED:
+            dense = rotate_tile(dense, column, n, False)
+        magnitude = (dense.to(tl.int32, bitcast=True) & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+        # In double precision, the order of summation does not show.
+        wide = magnitude.to(tl.float64)
+        squares = tl.sum(wide * wide, 1)
         if EVEN:
-            row_scale = tl.max(dense.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
+            reach = tl.max(magnitude.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
         else:
-            # In double precision, the order of summation does not show.
-            wide = dense.to(tl.float64)
-            row_scale = tl.sqrt(tl.sum(wide * wide, 1) / (n - k)).to(tl.float32)
-        row_scale = rounded(row_scale, tl.bfloat16)
-        tl.store(scale + row, row_scale.to(tl.bfloat16), mask=live)
-        bits = dense.to(tl.int32, bitcast=True)
-        codes = ((bits >> 31) & 1) << (BITS - 1)
-        magnitude = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+            reach = tl.sqrt(squares / (n if ROTATED else n - k)).to(tl.float32)
+        reach = rounded(reach, tl.bfloat16)
+        codes = (dense < 0).to(tl.int32) << (BITS - 1)
+        chosen = tl.zeros(magnitude.shape, tl.float32) + LEVELS[0]
         for j in tl.static_range(2 ** (BITS - 1) - 1):
-            codes += (magnitude > (row_scale * THRESHOLDS[j])[:, None]).to(tl.int32)
+            over = magnitude > (reach * THRESHOLDS[j])[:, None]
+            codes += over.to(tl.int32)
+            chosen = tl.where(over, LEVELS[j + 1], chosen)
+        products = tl.sum(wide * chosen.to(tl.float64), 1)
+        row_scale = tl.where(products == 0, 0.0, squares / products).to(tl.float32)
+        tl.store(scale + row, rounded(row_scale, tl.bfloat16).to(tl.bfloat16), mask=live)
         store_codes(tl.where(inside, codes, 0), fields, row, live, fields_stride, n, BITS, ROWS, BLOCK)
 
 
@@ -150,6 +160,8 @@ def pack(
     code_bytes: int,
     even: bool,
     thresholds: Sequence[float],
+    levels: Sequence[float],
+    rotated: bool,
     value_dtype: torch.dtype,
 ) -> list[Tensor]:
     """See `kernels.rows.pack`."""
@@ -186,6 +198,8 @@ def pack(
             BITS=bits,
             EVEN=even,
             THRESHOLDS=tuple(thresholds),
+            LEVELS=tuple(levels),
+            ROTATED=rotated,
             **tile,
             **EXACT,
         )
@@ -213,7 +227,9 @@ def unpack_kernel(
     KEPT: tl.constexpr,
     BITS: tl.constexpr,
     LEVELS: tl.constexpr,
+    ROTATED: tl.constexpr,
     KEEP_BASE: tl.constexpr,
+    SIGN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -239,7 +255,9 @@ def unpack_kernel(
         KEPT,
         BITS,
         LEVELS,
+        ROTATED,
         KEEP_BASE,
+        SIGN,
         BLOCK,
     )
 
@@ -252,13 +270,14 @@ def unpack(
     centre: Tensor | None,
     group: int,
     first: int,
-    base: Tensor | None,
     rows: int,
     n: int,
     k: int,
     coding: str,
     bits: int,
     levels: Sequence[float],
+    rotated: bool,
+    base: Tensor | None,
     gain: Tensor | None,
     offset: Tensor | None,
     low: float,
@@ -268,6 +287,75 @@ def unpack(
     """See `kernels.rows.unpack`."""
     source = next(part for part in (values, fields, base) if part is not None)
     out = source.new_empty((rows, n), dtype=dtype) if base is None else base.clone()
+    _write_rows(
+        out,
+        values,
+        index,
+        scale,
+        fields,
+        centre,
+        group,
+        first,
+        rows,
+        n,
+        k,
+        coding,
+        bits,
+        levels,
+        rotated,
+        base is not None,
+        0,
+    )
+    if gain is not None:
+        out.mul_(gain.unsqueeze(-1))
+    if offset is not None:
+        out.add_(offset.unsqueeze(-1))
+    return out if (low, high) == (-inf, inf) else out.clamp_(low, high)
+
+
+def accumulate(
+    into: Tensor,
+    values: Tensor | None,
+    index: Tensor | None,
+    scale: Tensor | None,
+    fields: Tensor | None,
+    centre: Tensor | None,
+    group: int,
+    first: int,
+    rows: int,
+    n: int,
+    k: int,
+    coding: str,
+    bits: int,
+    levels: Sequence[float],
+    rotated: bool,
+    sign: int,
+) -> None:
+    """See `kernels.rows.accumulate`."""
+    _write_rows(
+        into, values, index, scale, fields, centre, group, first, rows, n, k, coding, bits, levels, rotated, False, sign
+    )
+
+
+def _write_rows(
+    out: Tensor,
+    values: Tensor | None,
+    index: Tensor | None,
+    scale: Tensor | None,
+    fields: Tensor | None,
+    centre: Tensor | None,
+    group: int,
+    first: int,
+    rows: int,
+    n: int,
+    k: int,
+    coding: str,
+    bits: int,
+    levels: Sequence[float],
+    rotated: bool,
+    keep_base: bool,
+    sign: int,
+) -> None:
     values, index, scale, fields, centre = (
         None if t is None else t.contiguous() for t in (values, index, scale, fields, centre)
     )
@@ -294,15 +382,12 @@ def unpack(
             KEPT=triton.next_power_of_2(max(k, 1)),
             BITS=bits,
             LEVELS=tuple(levels),
-            KEEP_BASE=base is not None,
+            ROTATED=rotated,
+            KEEP_BASE=keep_base,
+            SIGN=sign,
             **tile,
             **EXACT,
         )
-    if gain is not None:
-        out.mul_(gain.unsqueeze(-1))
-    if offset is not None:
-        out.add_(offset.unsqueeze(-1))
-    return out if (low, high) == (-inf, inf) else out.clamp_(low, high)
 
 
 def index_form(index: Tensor | None, n: int, k: int, coding: str) -> tuple[Tensor | None, int, int, int]:

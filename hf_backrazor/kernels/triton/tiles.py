@@ -97,6 +97,50 @@ def look_up_by_row(codes, table, member, row, live, inside, BITS: tl.constexpr):
 
 
 @triton.jit
+def rotation_signs(place):
+    """The signs of elements by their places in a block: the bits of `packing.rotation.SIGNS`, 1 for minus."""
+    # As int32, of the same bits.
+    low = tl.where(place < 32, 0x03707344, 0x13198A2E)
+    high = tl.where(place < 96, 0x85A308D3 - 0x100000000, 0x243F6A88)
+    bit = (tl.where(place < 64, low, high) >> (place % 32)) & 1
+    return tl.where(bit > 0, -1.0, 1.0)
+
+
+@triton.jit
+def butterfly(x, column, n: tl.constexpr, APART: tl.constexpr):
+    """Sums and differences of elements so far apart, in the blocks of at least twice that size."""
+    ROWS: tl.constexpr = x.shape[0]
+    BLOCK: tl.constexpr = x.shape[1]
+    pairs = tl.permute(tl.reshape(x, [ROWS, BLOCK // (2 * APART), 2, APART]), (0, 1, 3, 2))
+    first, second = tl.split(pairs)
+    pairs = tl.permute(tl.join(first + second, first - second), (0, 1, 3, 2))
+    # Blocks are in descending order of size. What lies beyond the row does not matter.
+    taken = (column < n // (2 * APART) * (2 * APART))[None, :]
+    return tl.where(taken, tl.reshape(pairs, [ROWS, BLOCK]), x) if n % (2 * APART) else tl.reshape(pairs, [ROWS, BLOCK])
+
+
+@triton.jit
+def rotate_tile(x, column, n: tl.constexpr, BACK: tl.constexpr):
+    """A tile of rows turned, or turned back: `packing.rotation`."""
+    size = tl.full(column.shape, 1, tl.int32)
+    factor = tl.full(column.shape, 1.0, tl.float32)
+    for power in tl.static_range(1, 8):
+        of_size = column < n // 2**power * 2**power
+        size = tl.where(of_size, 2**power, size)
+        factor = tl.where(of_size, 2.0 ** (-0.5 * power), factor)
+    signs = rotation_signs(column % size)[None, :]
+    if not BACK:
+        x = x * signs
+    for stage in tl.static_range(7):
+        if n >= 128 >> stage:
+            x = butterfly(x, column, n, 64 >> stage)
+    x = x * factor[None, :]
+    if BACK:
+        x = x * signs
+    return x
+
+
+@triton.jit
 def load_places(
     index,
     row,
@@ -147,10 +191,12 @@ def unpack_tile(
     KEPT: tl.constexpr,
     BITS: tl.constexpr,
     LEVELS: tl.constexpr,
+    ROTATED: tl.constexpr,
     KEEP_BASE: tl.constexpr,
+    SIGN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write packed rows to `out`, rows of `n` elements."""
+    """Write packed rows to `out`, rows of `n` elements; or, with a sign, add them to what stands there."""
     column = tl.arange(0, BLOCK)
     inside = live[:, None] & (column < n)[None, :]
     at = row.to(tl.int64)[:, None] * n
@@ -159,6 +205,8 @@ def unpack_tile(
         x = look_up(load_codes(fields, row, column, inside, fields_stride, n, BITS), BITS, LEVELS, tl.float32)
         if scale is not None:
             x *= tl.load(scale + row, mask=live, other=0).to(tl.float32)[:, None]
+        if ROTATED:
+            x = rotate_tile(x, column, n, True)
     elif KEEP_BASE:
         x = tl.load(out + at + column[None, :], mask=inside, other=0).to(tl.float32)
     else:
@@ -171,13 +219,22 @@ def unpack_tile(
     centre_at = (first + row) // group * n
     if centre is not None:
         x += tl.load(centre + centre_at[:, None] + column[None, :], mask=inside, other=0).to(tl.float32)
-    tl.store(out + at + column[None, :], rounded(x, dtype).to(dtype), mask=inside)
     if CODING >= POSITIONS:
         place, there = load_places(index, row, live, index_stride, n, k, CODING, ENDS, END_BYTES, KEPT)
+    if SIGN != 0:
+        x = tl.load(out + at + column[None, :], mask=inside, other=0) + SIGN * x
+        if CODING >= POSITIONS:
+            before = tl.load(out + at + place, mask=there, other=0)
+            # Other threads write there.
+            tl.debug_barrier()
+    tl.store(out + at + column[None, :], rounded(x, dtype).to(dtype), mask=inside)
+    if CODING >= POSITIONS:
         rank = tl.arange(0, KEPT)
         value = tl.load(values + row[:, None] * k + rank[None, :], mask=there, other=0).to(tl.float32)
         if centre is not None:
             value += tl.load(centre + centre_at[:, None] + place, mask=there, other=0).to(tl.float32)
+        if SIGN != 0:
+            value = before + SIGN * value
         # What stands there already is another thread's.
         tl.debug_barrier()
         tl.store(out + at + place, rounded(value, dtype).to(dtype), mask=there)
