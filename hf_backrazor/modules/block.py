@@ -197,7 +197,7 @@ class RazorBlock(RazorModule):
     def _spec(self, x: Tensor, bits: int) -> PackSpec:
         config = self.razor_config
         row_dims = x.dim() - 2 if x.dim() > 3 and self._has_convolutions(x.dim() - 2) else 1
-        return PackSpec(config.sparsity, "row", bits, config.value_dtype, row_dims=row_dims)
+        return PackSpec(config.sparsity, "row", bits, config.value_dtype, row_dims=row_dims, rotated=bits <= 4)
 
     def _has_convolutions(self, dimensions: int) -> bool:
         return any(isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]) for m in self.modules())
