@@ -20,7 +20,7 @@ from torch.autograd.function import FunctionCtx
 from ..packing import Cells, CellTable, Packed, PackSpec, Steps, encode_cells, pack, pack_steps, times_steps
 from ..packing.cells import FINE
 from .differentiation import once_differentiable, replayed_gradients, restored, saved_parts, twice_differentiable
-from .layouts import CellLayout, ChannelAffineLayout, RectifiedLayout
+from .layouts import ActivatedLayout, CellLayout, ChannelAffineLayout, RectifiedLayout
 from .precision import current_autocast
 from .sharing import note_origin, origin_of
 
@@ -63,6 +63,13 @@ class ActivationRule:
     steps: Steps | None = None
     top: float | None = None
     derivative_of_output: Callable[[Tensor], Tensor] | None = None
+
+    def gradient(self, x: Tensor, grad_output: Tensor) -> Tensor:
+        """`grad_output` times the derivative at `x`."""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = self.value(x)
+        return torch.autograd.grad(y, x, grad_output)[0]
 
 
 @cache
@@ -170,6 +177,7 @@ def activation(
     bits: int,
     parameters: Sequence[Tensor] = (),
     inplace: bool = False,
+    spec: PackSpec | None = None,
 ) -> Tensor:
     """An elementwise activation function.
 
@@ -182,6 +190,7 @@ def activation(
             bit. Without a rule, fewer bits than 16 are read as 16.
         parameters: learnable parameters. They need autograd, so no rule is used for them.
         inplace: `forward` writes its result to `x`, and returns that.
+        spec: how the input is packed where `bits` would have it in cells of the function; None: in cells.
     """
     rule = None if parameters else rule
     if rule is None or rule.steps is not None or bits > 8:
@@ -189,6 +198,11 @@ def activation(
         y = _Activation.apply(x, forward, rule, bits, inplace, *parameters)
         if rule is not None and rule.top is not None and origin and isinstance(origin.layout, ChannelAffineLayout):
             note_origin(y, Packed(RectifiedLayout(origin.layout, rule.top), origin.parts))
+        return y
+    if spec is not None:
+        packed = pack(x, spec)
+        y = _PackedActivation.apply(x, forward, rule, packed, inplace)
+        note_origin(y, Packed(ActivatedLayout(packed.layout, rule.value), packed.parts))
         return y
     y, *codes = _CodedActivation.apply(x, forward, rule, bits, inplace)
     cells, _, values = cell_tables(rule, bits)
@@ -228,6 +242,33 @@ class _CodedActivation(torch.autograd.Function):
         into, grad_rows = grad_input.view(ctx.layout.matrix), grad_output.reshape(ctx.layout.matrix)
         for start, stop, derivative in ctx.layout.slices(ctx.saved_tensors, grad_output.dtype):
             torch.mul(grad_rows[start:stop], derivative, out=into[start:stop])
+        return grad_input, None, None, None, None
+
+
+class _PackedActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        forward: Callable[[Tensor], Tensor],
+        rule: ActivationRule,
+        packed: Packed,
+        inplace: bool,
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.layout, ctx.rule = packed.layout, rule
+        ctx.save_for_backward(*packed.parts)
+        if inplace:
+            ctx.mark_dirty(x)
+        return forward(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        grad_input = torch.empty_like(grad_output, memory_format=torch.contiguous_format)
+        into, grad_rows = grad_input.view(ctx.layout.matrix), grad_output.reshape(ctx.layout.matrix)
+        for start, stop, x in ctx.layout.slices(ctx.saved_tensors, grad_output.dtype):
+            into[start:stop] = ctx.rule.gradient(x, grad_rows[start:stop])
         return grad_input, None, None, None, None
 
 

@@ -5,7 +5,7 @@ Their parts are those of the tensor they are restored from, followed by their ow
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import inf, prod
 
@@ -195,6 +195,43 @@ class CellLayout(Layout):
         if self.cells.bits == 8:
             return None
         return decode_cells_as_integers(CellCodes(*parts[:2]), self.matrix[1], self.cells, self.table, kept)
+
+
+@dataclass(frozen=True)
+class ActivatedLayout(Layout):
+    """An elementwise function of a packed tensor. Own parts: none.
+
+    Attributes:
+        x: how the function's argument is read.
+        function: plain code of torch.
+    """
+
+    x: Layout
+    function: Callable[[Tensor], Tensor]
+
+    @property
+    def shape(self) -> torch.Size:
+        """See `Layout.shape`."""
+        return self.x.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `Layout.dtype`."""
+        return self.x.dtype
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """See `Layout.matrix`."""
+        return self.x.matrix
+
+    @property
+    def sliceable(self) -> bool:
+        """See `Layout.sliceable`."""
+        return self.x.sliceable
+
+    def unpack_rows(self, parts: Sequence[Tensor], start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """See `Layout.unpack_rows`."""
+        return self.function(_rows(self.x, parts, start, stop, dtype))
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,6 @@ def _correct(origin: Packed, x: Tensor, spec: PackSpec) -> Packed:
     """`origin`, with the elements of `x` exact that `spec` keeps, where it has not got them."""
     if not origin.layout.coarse:
         return origin
-    exact = pack(x, replace(spec, bits=0))
+    exact = pack(x, replace(spec, bits=0, rotated=False))
     layout = CorrectedLayout(origin.layout, len(origin.parts), exact.layout)
     return Packed(layout, origin.parts + exact.parts)

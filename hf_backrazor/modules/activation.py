@@ -26,7 +26,7 @@ from ..functional.activation import (
     cell_tables,
     leaky_relu,
 )
-from .base import RazorModule, activation_bits, stand_in
+from .base import RazorModule, activation_bits, gate_spec, stand_in
 
 # Class -> what is known of its derivative (or how to find that for an instance). None: autograd finds it from the
 # input, kept in half precision.
@@ -99,7 +99,8 @@ class RazorActivation(RazorModule):
             return super().forward(input)
         bits = activation_bits(self.razor_config, input)
         if not parameters:
-            return activation(input, super().forward, self.rule, bits, inplace=inplace)
+            spec = gate_spec(self.razor_config) if "razor_gates" in self.__dict__ else None
+            return activation(input, super().forward, self.rule, bits, inplace=inplace, spec=spec)
         forward = partial(_forward_with, self, tuple(parameters))
         return activation(input, forward, None, bits, tuple(parameters.values()), inplace)
 

@@ -232,7 +232,9 @@ def _qkv_spec(config: RazorConfig) -> PackSpec:
     if config.qkv_bits == 16:
         return PackSpec(value_dtype="float16")
     sparsity = config.sparsity if config.qkv_bits < 8 and config.sparsity else 1.0
-    return PackSpec(sparsity, "row", config.qkv_bits, config.value_dtype, levels="even", centred=True)
+    if config.qkv_bits == 8:
+        return PackSpec(sparsity, "row", 8, config.value_dtype, levels="even", centred=True)
+    return PackSpec(sparsity, "row", config.qkv_bits, config.value_dtype, centred=True, rotated=True)
 
 
 def _plain_function(module: RazorAttention) -> Callable:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -217,6 +218,17 @@ def product_spec(config: RazorConfig) -> PackSpec:
     return _spec(config, config.activation_bits)
 
 
+def gate_spec(config: RazorConfig) -> PackSpec | None:
+    """How an activation function's input is packed whose output multiplies another tensor; None: in cells.
+
+    Half of the energy of SmolLM2-135M's gates is their mean over tokens. With nothing but gate and up packed, in 4 bits
+    each, its gradient has a cosine of XXX from cells and of YYY from these codes.
+    """
+    if config.activation_bits > 4 or config.granularity != "row" or not config.sparsity:
+        return None
+    return replace(product_spec(config), centred=True)
+
+
 def whole_shape(weight: Tensor) -> torch.Size:
     """Shape of a parameter that may be sharded: ZeRO-3 leaves an empty tensor, with the shape beside it."""
     return getattr(weight, "ds_shape", weight.shape)
@@ -233,7 +245,9 @@ def describe(spec: PackSpec) -> str:
 def _spec(config: RazorConfig, bits: int, row_dims: int = 1) -> PackSpec:
     # With everything kept exactly there is nothing left to code.
     bits = bits if config.sparsity else 0
-    return PackSpec(config.sparsity, config.granularity, bits, config.value_dtype, row_dims=row_dims)
+    # Codes of rotated rows are no integers to multiply. Feature maps gain nothing.
+    rotated = 1 <= bits <= 4 and row_dims == 1 and config.granularity == "row" and config.weight_gradient == "dense"
+    return PackSpec(config.sparsity, config.granularity, bits, config.value_dtype, row_dims=row_dims, rotated=rotated)
 
 
 @cache

@@ -36,6 +36,7 @@ from ..functional import (
 )
 from ..functional.activation import GELU, GELU_TANH, HARDSIGMOID, HARDSWISH, MISH, RELU, RELU6, SILU, leaky_relu
 from ..functional.interpolated_cross_entropy import MODES
+from ..functional.layouts import ActivatedLayout
 from ..functional.scaling import rows_of_scaling
 from ..functional.sharing import origin_of
 from .base import RazorModule, activation_bits, input_spec, linear_spec, map_norm_spec, norm_spec, product_spec
@@ -226,7 +227,8 @@ def _gated(module: RazorModule, x: Tensor, y: Tensor) -> Any:
     """A product of which a factor can be restored from what an activation function saves."""
     if x.dtype != y.dtype or not _saves(module, x, y):
         return NotImplemented
-    if not any((origin := origin_of(factor)) is not None and origin.layout.coarse for factor in (x, y)):
+    origins = [origin.layout for factor in (x, y) if (origin := origin_of(factor)) is not None]
+    if not any(layout.coarse or isinstance(layout, ActivatedLayout) for layout in origins):
         return NotImplemented
     return product(x, y, product_spec(module.razor_config))
 

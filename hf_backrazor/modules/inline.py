@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..config import RazorConfig
 from .activation import RazorActivation
 from .base import RazorModule, describe, forward_source, input_spec, norm_spec, whole_shape
 from .calls import CALLS
@@ -56,6 +57,14 @@ class RazorInline(RazorModule):
             # These have operators of their own, but for a convolution that pads before it calls the function.
             return isinstance(module, nn.modules.conv._ConvNd) and module.padding_mode != "zeros"
         return bool(_called(module)) or _multiplies(module) or _scales(module) or resizes_logits(module)
+
+    @classmethod
+    def install(cls, module: nn.Module, config: RazorConfig) -> None:
+        """See `RazorModule.install`."""
+        super().install(module, config)
+        if _multiplies(module):
+            for gate in _activations(module):
+                gate.razor_gates = True
 
     @classmethod
     def members(cls, plain_class: type[nn.Module]) -> dict[str, Any]:
@@ -117,8 +126,14 @@ def _called(module: nn.Module) -> list[str]:
 def _multiplies(module: nn.Module) -> bool:
     if not _PRODUCT.search(forward_source(_plain(module))):
         return False
+    return bool(_activations(module))
+
+
+def _activations(module: nn.Module) -> list[nn.Module]:
+    """The activation functions of a module, or of a sequence in it."""
     inner = [part for child in module.children() if isinstance(child, nn.Sequential) for part in child]
-    return any(isinstance(m, RazorActivation) or RazorActivation.handles(m) for m in (*module.children(), *inner))
+    within = (*module.children(), *inner)
+    return [m for m in within if isinstance(m, RazorActivation) or RazorActivation.handles(m)]
 
 
 def _scales(module: nn.Module) -> bool:
