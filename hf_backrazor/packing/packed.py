@@ -178,6 +178,9 @@ class SparseLayout(Layout):
             parts: of this layout.
             into: contiguous, float32 or float64, with as many elements; changed in place.
             sign: 1 or -1.
+
+        Raises:
+            ValueError: `into` is not contiguous.
         """
         if not into.is_contiguous():
             raise ValueError(f"add_to takes contiguous tensors to add to, got strides {into.stride()}")
