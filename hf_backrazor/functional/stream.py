@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from ..packing import Layout, Packed, PackSpec, pack
+from ..packing import Packed, PackSpec, pack
 from .differentiation import once_differentiable
 
 
@@ -74,7 +73,7 @@ class Stream:
         stored = StoredInput(len(self._inputs), packed)
         if self._sum is None:
             self._sum = torch.zeros(self.shape, dtype=self._wide, device=self.device)
-        _add(self._sum, packed.layout, packed.parts, 1)
+        packed.layout.add_to(packed.parts, self._sum, 1)
         self._summed.append(stored)
         self._inputs.append(ref(stored))
         return stored
@@ -116,7 +115,7 @@ class Stream:
 
     def _add(self, stored: StoredInput, sign: int) -> None:
         if self._sum is not None:
-            _add(self._sum, stored.layout, stored.parts, sign)
+            stored.layout.add_to(stored.parts, self._sum, sign)
 
 
 class StoredInput:
@@ -154,10 +153,3 @@ class _Save(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[None, ...]:
         return (None,) * len(ctx.needs_input_grad)
-
-
-def _add(to: Tensor, layout: Layout, parts: Sequence[Tensor], sign: int) -> None:
-    """Add `sign` times what is packed to the dense tensor, a few rows at a time."""
-    rows = to.view(layout.matrix)
-    for start, stop, dense in layout.slices(parts, to.dtype):
-        rows[start:stop].add_(dense, alpha=sign)

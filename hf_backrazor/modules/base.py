@@ -171,7 +171,7 @@ def stand_in(module: RazorModule, parameters: Mapping[str, Tensor]) -> nn.Module
 
 def input_spec(config: RazorConfig, row_dims: int = 1) -> PackSpec:
     """How the inputs of linear layers are packed; with more dimensions in a row, those of convolutions."""
-    return _spec(config, config.residual_bits, row_dims)
+    return _spec(config, config.residual_bits, row_dims, multiplied=config.weight_gradient == "int8")
 
 
 def linear_spec(config: RazorConfig, x: Tensor) -> PackSpec:
@@ -201,7 +201,7 @@ def activation_bits(config: RazorConfig, x: Tensor) -> int:
 
 def norm_spec(config: RazorConfig, row_dims: int = 1) -> PackSpec:
     """How norms pack what they store."""
-    return _spec(config, config.norm_bits, row_dims)
+    return _spec(config, config.norm_bits, row_dims, multiplied=config.weight_gradient == "int8")
 
 
 def map_norm_spec(config: RazorConfig, spatial: int) -> PackSpec:
@@ -242,11 +242,11 @@ def describe(spec: PackSpec) -> str:
     return f"razor={100 * (1 - spec.sparsity):.3g}% of each {spec.granularity} exact{residual}"
 
 
-def _spec(config: RazorConfig, bits: int, row_dims: int = 1) -> PackSpec:
+def _spec(config: RazorConfig, bits: int, row_dims: int = 1, multiplied: bool = False) -> PackSpec:
     # With everything kept exactly there is nothing left to code.
     bits = bits if config.sparsity else 0
-    # Codes of rotated rows are no integers to multiply. Feature maps gain nothing.
-    rotated = 1 <= bits <= 4 and row_dims == 1 and config.granularity == "row" and config.weight_gradient == "dense"
+    # Feature maps gain nothing. Linear layers of tokens do, but the codes of rotated rows are no integers to multiply.
+    rotated = 1 <= bits <= 4 and row_dims == 1 and config.granularity == "row" and not multiplied
     return PackSpec(config.sparsity, config.granularity, bits, config.value_dtype, row_dims=row_dims, rotated=rotated)
 
 

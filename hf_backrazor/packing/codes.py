@@ -5,10 +5,12 @@ minimum distortion", IRE Trans. Inf. Theory 6, 1960, table I), and an element ta
 square; or evenly spaced, the outermost being the row's greatest magnitude. The former suit what is left of a row
 without its outliers, the latter a row with them. 8 bits: 255 evenly spaced levels.
 
-With levels q(x) chosen, the scale that is stored for 1 to 4 bits is sum(x^2) / sum(x q(x)): what is decoded has the
-projection 1 onto what was coded. At the scale that they are chosen at, levels that are the means of their intervals
-decode to something shorter. (S. Vargaftik et al., "EDEN: Communication-Efficient and Robust Distributed Mean
-Estimation for Federated Learning", ICML 2022.)
+That is also the scale which is stored. Of rows that were rotated (see `rotation`) it is sum(x^2) / sum(x q(x)) instead,
+with q(x) the level of x: what is decoded has the projection 1 onto what was coded, where levels that are the means of
+their intervals decode to something shorter (S. Vargaftik et al., "EDEN: Communication-Efficient and Robust Distributed
+Mean Estimation for Federated Learning", ICML 2022). Rows as they are may be sparse, and such a scale would make their
+zeros, whose level is the least, as large as the rest: of a DPT with ReLU before its convolutions, the gradient then has
+1.5 times its norm.
 """
 
 from __future__ import annotations
@@ -93,6 +95,8 @@ def encode(x: Tensor, bits: int, keep: Tensor | None = None, levels: str = "gaus
     for threshold in thresholds_of(bits, levels):
         codes += magnitude > reach * threshold
     fields = pack_codes(codes, bits)
+    if not rotated:
+        return Codes(reach.to(torch.bfloat16), fields)
     chosen = unpack_codes(fields, x.shape[-1], bits, levels_of(bits, levels), x.dtype)
     products = (x.double() * chosen).sum(-1, keepdim=True)
     scale = torch.where(products == 0, 0, squares / products)

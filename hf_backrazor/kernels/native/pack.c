@@ -284,7 +284,9 @@ INLINED void emit_codes(const pack_args *a, int64_t set, const scratch *s) {
     reach = from_bfloat16(to_bfloat16(reach));
     for (int64_t j = 0; j < count; j++) thresholds[j] = a->thresholds[j] * reach;
     const double products = encode_row(s->x, n, a->bits, thresholds, a->levels, a->fields + set * a->fields_stride);
-    a->scale[set] = to_bfloat16(products == 0.0 ? 0.0f : (float)(squares / products));
+    /* Rows as they are may be sparse: a scale that makes up for what the greatest are cut to would blow up the others. */
+    if (a->rotated) reach = products == 0.0 ? 0.0f : (float)(squares / products);
+    a->scale[set] = to_bfloat16(reach);
 }
 
 /* Where a set begins in `x`. */

@@ -140,8 +140,10 @@ def pack_kernel(
             over = magnitude > (reach * THRESHOLDS[j])[:, None]
             codes += over.to(tl.int32)
             chosen = tl.where(over, LEVELS[j + 1], chosen)
-        products = tl.sum(wide * chosen.to(tl.float64), 1)
-        row_scale = tl.where(products == 0, 0.0, squares / products).to(tl.float32)
+        row_scale = reach
+        if ROTATED:
+            products = tl.sum(wide * chosen.to(tl.float64), 1)
+            row_scale = tl.where(products == 0, 0.0, squares / products).to(tl.float32)
         tl.store(scale + row, rounded(row_scale, tl.bfloat16).to(tl.bfloat16), mask=live)
         store_codes(tl.where(inside, codes, 0), fields, row, live, fields_stride, n, BITS, ROWS, BLOCK)
 
