@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from .live_memory import LiveMemory
 from .report import SavedBytes, record_saved_bytes, undisturbed
+from .shapes_only import ShapesOnly
 
 
 def estimate_saved_bytes(
@@ -136,7 +136,7 @@ def _on_fake_tensors(
     dtype = torch.float32 if floating is None else floating.dtype
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     # On the model's device, not on meta: attention picks its kernel, and with it what it saves, by device.
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with ShapesOnly(allow_non_fake_inputs=True):
         state = {name: _fake(x, device) for name, x in (*model.named_parameters(), *model.named_buffers())}
         batch = {
             name: torch.empty(tuple(shape), device=device, dtype=dtype if name in _FLOATING else torch.int64)
