@@ -203,6 +203,7 @@ def _grad_weight(ctx: FunctionCtx, grad_output: Tensor, kernel: Tensor, parts: S
             total = grads[1] if stop == shape[0] else grads[1].to(accumulate_dtype(grads[1]))
         else:
             total += grads[1]
+        del grads  # not to be held while the next samples are unpacked, and their gradient made
     return total
 
 
