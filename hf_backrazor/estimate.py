@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from .live_memory import LiveMemory
-from .report import SavedBytes, record_saved_bytes, undisturbed
+from .report import SavedBytes, record_saved_bytes, recording_saved_bytes, undisturbed
+from .shapes_only import ShapesOnly
 
 
 def estimate_saved_bytes(
@@ -52,15 +52,17 @@ class StepMemory:
         weights: parameters and buffers.
         optimizer: the optimizer's state.
         step: what forward and backward hold at most at a time: activations and gradients, as these come and go.
+        saved: what forward saves for backward, as `estimate_saved_bytes` counts it; a part of `step`.
     """
 
     weights: int
     optimizer: int
     step: int
+    saved: int
 
     @property
     def total(self) -> int:
-        """All three."""
+        """Weights, the optimizer's state and the step."""
         return self.weights + self.optimizer + self.step
 
 
@@ -88,24 +90,30 @@ def estimate_step_memory(
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     with _on_fake_tensors(model, batch_shape, labels=True) as fake, undisturbed(model), torch.enable_grad():
         state = {f"model.{name}": x for name, x in fake.state.items()}
+        step = _Step(model, fake.known)
         with LiveMemory(fake.known) as live:
-            functional_call(_Step(model), state, (), {**fake.batch, **fake.options})
+            saved = functional_call(step, state, (), {**fake.batch, **fake.options})
     weights = sum(x.nbytes for x in fake.state.values())
-    return StepMemory(weights, optimizer_states * trained, live.peak)
+    return StepMemory(weights, optimizer_states * trained, live.peak, saved.total)
 
 
 class _Step(nn.Module):
     """Forward and backward in one call, for which the model has the parameters that it is called with."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, known: list[Tensor]) -> None:
         super().__init__()
         self.model = model
+        self.known = known
 
-    def forward(self, **batch: Any) -> None:
-        loss = getattr(self.model(**batch), "loss", None)
+    def forward(self, **batch: Any) -> SavedBytes:
+        with recording_saved_bytes(self.model, self.known) as saved:
+            output = self.model(**batch)
+        loss = getattr(output, "loss", None)
         if loss is None:
             raise ValueError(f"{type(self.model).__name__} computes no loss: expected a model with a head for a task")
+        del output  # backward does without the logits
         loss.backward()
+        return saved
 
 
 class _FakeBatch(NamedTuple):
@@ -136,7 +144,7 @@ def _on_fake_tensors(
     dtype = torch.float32 if floating is None else floating.dtype
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     # On the model's device, not on meta: attention picks its kernel, and with it what it saves, by device.
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with ShapesOnly(allow_non_fake_inputs=True):
         state = {name: _fake(x, device) for name, x in (*model.named_parameters(), *model.named_buffers())}
         batch = {
             name: torch.empty(tuple(shape), device=device, dtype=dtype if name in _FLOATING else torch.int64)

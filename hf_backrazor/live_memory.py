@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class LiveMemory(TorchDispatchMode):
@@ -29,26 +29,40 @@ class LiveMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """See `TorchDispatchMode`."""
+        kwargs = kwargs or {}
+        # A fake tensor is asked for its device as by an operator, which is more than half of all that come here.
+        if func is torch.ops.prim.device.default:
+            return func(*args, **kwargs)
         # What an operator is given, and none here has made, was there before: a constant that it returns a view of.
-        for x in tree_leaves((args, kwargs)):
-            if isinstance(x, Tensor):
-                self._count(x, 0)
-        result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, Tensor):
-                self._count(x, x.untyped_storage().nbytes())
+        for x in _tensors((args, kwargs)):
+            storage = x.untyped_storage()
+            if storage._cdata not in self._counted:
+                self._count(storage, 0)
+        result = func(*args, **kwargs)
+        for x in _tensors(result):
+            storage = x.untyped_storage()
+            if storage._cdata not in self._counted:
+                self._count(storage, storage.nbytes())
         self.peak = max(self.peak, self.live)
         return result
 
-    def _count(self, x: Tensor, nbytes: int) -> None:
-        storage = x.untyped_storage()
-        key = storage._cdata
-        if key not in self._counted:
-            self._counted.add(key)
-            self.live += nbytes
-            weakref.finalize(storage, self._drop, key, nbytes)
+    def _count(self, storage: UntypedStorage, nbytes: int) -> None:
+        self._counted.add(storage._cdata)
+        self.live += nbytes
+        weakref.finalize(storage, self._drop, storage._cdata, nbytes)
 
     def _drop(self, key: int, nbytes: int) -> None:
         # Another storage may come to lie at the same address.
         self._counted.discard(key)
         self.live -= nbytes
+
+
+def _tensors(x: Any) -> Iterator[Tensor]:
+    """The tensors among what an operator takes or returns. `tree_leaves` takes twice as long, as it knows more."""
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, list | tuple):
+        for each in x:
+            yield from _tensors(each)
+    elif isinstance(x, dict):
+        yield from _tensors(list(x.values()))

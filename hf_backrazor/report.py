@@ -156,6 +156,19 @@ def measure_saved_bytes(model: nn.Module, **batch: Any) -> SavedBytes:
 
 def record_saved_bytes(model: nn.Module, known: Iterable[Tensor], forward: Callable[[], Any]) -> SavedBytes:
     """Run `forward`, a forward of `model` in training mode, and count what it saves besides `known`."""
+    with undisturbed(model), recording_saved_bytes(model, known) as saved, torch.enable_grad():
+        # The result holds the graph until all is counted.
+        result = forward()
+    del result
+    return saved
+
+
+@contextmanager
+def recording_saved_bytes(model: nn.Module, known: Iterable[Tensor]) -> Iterator[SavedBytes]:
+    """Inside this context, what a forward of `model` saves besides `known` is added to what it yields.
+
+    The forward's result has to live until the context ends: what dies before with its graph does not count.
+    """
     by_module: dict[str, int] = defaultdict(int)
     elements: dict[str, int] = defaultdict(int)
     running: list[str] = [""]
@@ -170,15 +183,15 @@ def record_saved_bytes(model: nn.Module, known: Iterable[Tensor], forward: Calla
         count(1)
         return lambda: count(-1)
 
-    with undisturbed(model), _following(model, running), _noting_saved(note, known), torch.enable_grad():
-        before = running_sums(model)
-        # The result holds the graph until all is counted.
-        result = forward()
-        for stream, (name, nbytes) in running_sums(model).items():
-            if nbytes and stream not in before:
-                by_module[name] += nbytes
-    del result
-    return SavedBytes(dict(by_module), dict(elements))
+    before = running_sums(model)
+    saved = SavedBytes({}, {})
+    with _following(model, running), _noting_saved(note, known):
+        yield saved
+    for stream, (name, nbytes) in running_sums(model).items():
+        if nbytes and stream not in before:
+            by_module[name] += nbytes
+    saved.by_module.update(by_module)
+    saved.elements.update(elements)
 
 
 @contextmanager

@@ -5,16 +5,21 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from architectures import ARCHITECTURES, make
 from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hf_backrazor import (
     RazorConfig,
+    estimate,
     estimate_saved_bytes,
     estimate_step_memory,
     get_razor_model,
@@ -23,6 +28,7 @@ from hf_backrazor import (
 from hf_backrazor.kernels.library import torch_only
 from hf_backrazor.live_memory import LiveMemory
 from hf_backrazor.packing.bits import byte_table
+from hf_backrazor.shapes_only import ShapesOnly, turns
 
 PRESETS = {"dense": None, "balanced": RazorConfig(), "paper": RazorConfig.preset("paper")}
 
@@ -155,6 +161,67 @@ def test_report_counts_bits_for_each_element_that_dense_training_saves() -> None
     assert "bits/element" in str(report)
 
 
+# In these shapes, what is taken in slices is taken in many.
+LARGE = {"llama": (4, 8192), "bert": (128, 512), "resnet": (64, 3, 224, 224), "segformer": (8, 3, 512, 512)}
+LARGE_CASES = [
+    *((name, "balanced", compiled) for name in LARGE for compiled in (True, False)),
+    *(("llama", preset, True) for preset in ("lossless", "paper")),
+]
+
+
+def large(name: str, preset: str) -> nn.Module:
+    model, _ = make(name)
+    if name in ("llama", "bert"):
+        model.config.max_position_embeddings = 8192
+        with torch.device("meta"):
+            model = type(model)(model.config)
+    return get_razor_model(model.train(), RazorConfig.preset(preset))
+
+
+@pytest.mark.filterwarnings("ignore:saved dense", "ignore:the model returns a cache")
+@pytest.mark.parametrize(("name", "preset", "compiled"), LARGE_CASES)
+def test_an_estimate_does_not_run_every_slice(monkeypatch, name: str, preset: str, compiled: bool) -> None:
+    model, shape = large(name, preset), LARGE[name]
+    called = 0
+
+    class Counting(ShapesOnly):
+        def dispatch(self, *args: Any) -> Any:
+            nonlocal called
+            called += 1
+            return super().dispatch(*args)
+
+    monkeypatch.setattr(estimate, "ShapesOnly", Counting)
+    counts = []
+    with nullcontext() if compiled else torch_only():
+        estimate_step_memory(model, shape)  # constants that are made once
+        for larger in (4, 16):
+            called = 0
+            estimate_step_memory(model, (shape[0] * larger, *shape[1:]))
+            counts.append(called)
+    # Small tensors get their second slice. With all slices there would be two to three times as many.
+    assert counts[1] <= 1.15 * counts[0]
+
+
+@pytest.mark.filterwarnings("ignore:saved dense", "ignore:the model returns a cache")
+@pytest.mark.parametrize(("name", "preset", "compiled"), LARGE_CASES)
+def test_the_slices_that_an_estimate_runs_show_what_all_do(monkeypatch, name: str, preset: str, compiled: bool) -> None:
+    model, shape = large(name, preset), LARGE[name]
+    with nullcontext() if compiled else torch_only():
+        estimate_step_memory(model, shape)  # constants that are made once
+        short = estimate_step_memory(model, shape), estimate_saved_bytes(model, shape)
+        monkeypatch.setattr(estimate, "ShapesOnly", FakeTensorMode)  # which runs them all
+        assert (estimate_step_memory(model, shape), estimate_saved_bytes(model, shape)) == short
+
+
+def test_other_fake_tensors_are_not_an_estimates() -> None:
+    # A compiler that traced two slices would compute no others.
+    with ShapesOnly():
+        assert list(turns(range(5), torch.empty(5))) == [0, 1]
+    with FakeTensorMode():
+        assert list(turns(range(5), torch.empty(5))) == [0, 1, 2, 3, 4]
+    assert list(turns(range(5), torch.empty(5))) == [0, 1, 2, 3, 4]
+
+
 PEAK = """
 import sys, warnings
 sys.path.insert(0, sys.argv[1])
@@ -205,6 +272,26 @@ def test_step_memory_counts_weights_and_the_optimizers_states() -> None:
     lora = get_peft_model(model, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
     trained = sum(p.nbytes for p in lora.parameters() if p.requires_grad)
     assert estimate_step_memory(lora, shapes).optimizer == 2 * trained
+
+
+@pytest.mark.filterwarnings("ignore:saved dense", "ignore:the model returns a cache")
+@pytest.mark.parametrize("name", ["bert", "llama", "t5", "resnet"])
+@pytest.mark.parametrize("way", ["dense", "checkpointing", "balanced"])
+def test_step_memory_counts_what_is_saved(name: str, way: str) -> None:
+    model, batch = make(name)
+    batch.pop("attention_mask", None)
+    if way == "checkpointing" and not model.supports_gradient_checkpointing:
+        pytest.skip("has no activation checkpointing")
+    if way == "checkpointing":
+        model.config.use_cache = False
+        model.gradient_checkpointing_enable()
+    elif way != "dense":
+        get_razor_model(model, RazorConfig.preset(way))
+    shapes = {key: tuple(x.shape) for key, x in batch.items()}
+    memory = estimate_step_memory(model, shapes)
+    # A second forward, in backward, saves nothing for it.
+    assert memory.saved == estimate_saved_bytes(model, shapes).total == measure_saved_bytes(model, **batch).total
+    assert memory.saved <= memory.step
 
 
 def test_step_memory_needs_a_loss() -> None:

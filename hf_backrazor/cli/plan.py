@@ -18,7 +18,7 @@ from .text import mebibytes, parse_bytes, table
 from .variants import LADDER, VARIANTS, Variant
 
 # Totals grow in a straight line with the batch, once activations outweigh gradients. Larger batches are read from that
-# line: a step of a thousand images takes minutes even on fake tensors, for all the slices that it works in.
+# line: of a large model, each step on fake tensors takes seconds.
 LARGEST_MEASURED = 32
 
 

@@ -38,15 +38,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def measured(model: subject.Subject, variant: Variant, batch: int) -> dict[str, int] | None:
     """Bytes of one variant; None if the model does not know it."""
-    from .. import estimate_saved_bytes, estimate_step_memory
+    from .. import estimate_step_memory
 
     prepared = variant(model.build())
     if prepared is None:
         return None
-    shapes = model.shapes(batch)
-    memory = estimate_step_memory(prepared, shapes)
-    saved = estimate_saved_bytes(prepared, shapes).total
-    return {"saved": saved, **dataclasses.asdict(memory), "total": memory.total}
+    memory = estimate_step_memory(prepared, model.shapes(batch))
+    return {"saved": memory.saved, **dataclasses.asdict(memory), "total": memory.total}
 
 
 def show(data: dict[str, Any]) -> str:

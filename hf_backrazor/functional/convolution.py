@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from ..packing import Layout, Packed, PackSpec
+from ..shapes_only import turns
 from .differentiation import is_wanted, restored, saved_parts, twice_differentiable
 from .layouts import PaddedLayout
 from .padding import zero_pad
@@ -202,18 +203,22 @@ def _grad_weight(ctx: FunctionCtx, grad_output: Tensor, kernel: Tensor, parts: S
             total = grads[1] if stop == shape[0] else grads[1].to(accumulate_dtype(grads[1]))
         else:
             total += grads[1]
+        del grads  # not to be held while the next samples are unpacked, and their gradient made
     return total
 
 
 def _samples(layout: Layout, shape: torch.Size, parts: Sequence[Tensor], dtype: torch.dtype):
-    """Some samples at a time, unpacked: the first one's number, the last one's and one more, and they."""
+    """Some samples at a time, unpacked: the first one's number, the last one's and one more, and they.
+
+    In an estimate, not to the end (see `turns`).
+    """
     rows = layout.matrix[0] // shape[0] if shape[0] else 0
     if not layout.sliceable or not rows:
         yield 0, shape[0], layout.unpack(parts, dtype).reshape(shape)
         return
     numel = CONVOLUTION_NUMEL.get(parts[0].device.type, shape.numel())
     step = max(1, numel * shape[0] // max(shape.numel(), 1))
-    for start in range(0, shape[0], step):
+    for start in turns(range(0, shape[0], step), parts[0]):
         stop = min(start + step, shape[0])
         x = layout.unpack_rows(parts, start * rows, stop * rows, dtype)
         yield start, stop, x.reshape(stop - start, *shape[1:])

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import FunctionCtx
 
+from ..shapes_only import turns
 from .differentiation import once_differentiable
 from .labels import check_labels
 from .precision import accumulate_dtype, without_autocast
@@ -134,11 +135,12 @@ def _total_and_gradient(
         smoothed = (smoothed * (label_smoothing / classes)).unsqueeze(-1)
     grad = torch.empty_like(logits, dtype=dtype) if needs_grad else None
     total = each.new_zeros(())
-    for sample in range(batch):
+    bands = list(_bands(logits.shape, resizing, logits.device.type))
+    for sample in turns(range(batch), logits):
         # Rows come first: resizing them is one small product for all classes and columns, (rows, classes * width).
         small = logits[sample].detach().to(dtype).transpose(0, 1).reshape(height, -1)
         small_grad = torch.zeros_like(small)
-        for band, source in _bands(logits.shape, resizing, logits.device.type):
+        for band, source in turns(bands, logits):
             part = rows[band, source]
             z = (part @ small[source]).view(-1, width) @ columns.t()
             z = z.view(part.shape[0], classes, -1)

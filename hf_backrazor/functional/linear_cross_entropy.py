@@ -6,13 +6,14 @@ logsumexp(z) - (1 - e) z_t - e mean(z), and its gradient by z is softmax(z) - (1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from ..shapes_only import turns
 from .differentiation import once_differentiable
 from .labels import check_labels
 from .precision import accumulate_dtype, current_autocast
@@ -145,15 +146,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-def _tiles(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Slices of tokens and of classes that together cover all logits."""
+def _tiles(hidden: Tensor, weight: Tensor) -> Sequence[tuple[slice, slice]]:
+    """Slices of tokens and of classes that together cover all logits; in an estimate, the first ones (see `turns`)."""
     tokens, classes = hidden.shape[0], weight.shape[0]
     numel = TILE_NUMEL.get(hidden.device.type, TILE_NUMEL_ELSEWHERE)
     wide = min(classes, max(MIN_CLASSES, numel // max(tokens, 1)))
     high = max(1, numel // wide)
-    for first in range(0, tokens, high):
-        for start in range(0, classes, wide):
-            yield slice(first, min(first + high, tokens)), slice(start, min(start + wide, classes))
+    tiles = [
+        (slice(first, min(first + high, tokens)), slice(start, min(start + wide, classes)))
+        for first in range(0, tokens, high)
+        for start in range(0, classes, wide)
+    ]
+    return turns(tiles, hidden)
 
 
 def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: slice, classes: slice) -> Tensor:

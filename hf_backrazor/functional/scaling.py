@@ -55,8 +55,10 @@ class _Scaling(torch.autograd.Function):
             dtype = accumulate_dtype(grad_rows)
             slices = ctx.layout.slices(parts, grad_output.dtype)
             if scale.shape[-1] == 1:
-                each = [(grad_rows[start:stop] * x).sum(1, dtype=dtype) for start, stop, x in slices]
-                by_row = torch.cat(each).view(*grad_output.shape[: -ctx.row_dims], *(1,) * ctx.row_dims)
+                by_row = grad_rows.new_empty(len(grad_rows), dtype=dtype)
+                for start, stop, x in slices:
+                    torch.sum(grad_rows[start:stop] * x, 1, dtype=dtype, out=by_row[start:stop])
+                by_row = by_row.view(*grad_output.shape[: -ctx.row_dims], *(1,) * ctx.row_dims)
                 total = by_row.sum_to_size(scale.shape)
             else:
                 total = grad_rows.new_zeros(scale.numel(), dtype=dtype)

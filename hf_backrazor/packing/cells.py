@@ -18,7 +18,7 @@ from ..kernels import cells as _  # noqa: F401  registers the operators
 from ..kernels import rows as native
 from .bits import code_width, pack_codes
 from .integers import Integers, Kept, decode_integers_by_row, look_up_by_row
-from .layout import row_slices
+from .layout import in_slices, row_slices
 
 FINE = 256
 
@@ -125,8 +125,8 @@ def encode_cells(x: Tensor, cells: Cells) -> CellCodes:
             *torch.ops.hf_backrazor.encode_cells(x, cells.bounds, cells.density, cells.starts, cells.bits, width)
         )
     cell_of_step = None if cells.bits == 8 else cells.cell_of_step().view(-1)
-    slices = [_encode(x[start:stop], cells, cell_of_step) for start, stop in row_slices(*x.shape, x.device)]
-    return slices[0] if len(slices) == 1 else CellCodes(*map(torch.cat, zip(*slices, strict=True)))
+    slices = row_slices(*x.shape, x.device)
+    return CellCodes(*in_slices(lambda start, stop: _encode(x[start:stop], cells, cell_of_step), slices, x))
 
 
 def _encode(x: Tensor, cells: Cells, cell_of_step: Tensor | None) -> CellCodes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from math import inf, prod
 from typing import NamedTuple
@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..shapes_only import is_shape_only, turns
 from .integers import Integers
 
 # Elements that are packed or unpacked at a time: what a slice needs besides (magnitudes, masks, positions: some 30
@@ -68,16 +69,25 @@ class Layout(ABC):
 
     def unpack(self, parts: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
         """The dense tensor, of `shape`, in `dtype` (default: the one that it had)."""
-        slices = [dense for _, _, dense in self.slices(parts, dtype or self.dtype)]
-        return (slices[0] if len(slices) == 1 else torch.cat(slices)).reshape(self.shape)
+        wanted = dtype or self.dtype
+        (dense,) = in_slices(
+            lambda start, stop: (self.unpack_rows(parts, start, stop, wanted),), self._bounds(parts), parts[0]
+        )
+        return dense.reshape(self.shape)
 
     def slices(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
-        """Unpack a few rows at a time: their start, their stop, and they, `(stop - start, columns)`."""
-        whole = [(0, self.matrix[0])]
+        """Unpack a few rows at a time: their start, their stop, and they, `(stop - start, columns)`.
+
+        In an estimate, not to the end (see `turns`).
+        """
+        for start, stop in turns(self._bounds(parts), parts[0]):
+            yield start, stop, self.unpack_rows(parts, start, stop, dtype)
+
+    def _bounds(self, parts: Sequence[Tensor]) -> list[tuple[int, int]]:
+        """Of the slices that it is unpacked in."""
         device = parts[0].device
         numel = UNPACK_NUMEL.get(device.type)
-        for start, stop in row_slices(*self.matrix, device, numel) if self.sliceable else whole:
-            yield start, stop, self.unpack_rows(parts, start, stop, dtype)
+        return row_slices(*self.matrix, device, numel) if self.sliceable else [(0, self.matrix[0])]
 
 
 class RowMap(NamedTuple):
@@ -123,3 +133,26 @@ def row_slices(rows: int, columns: int, device: torch.device, numel: int | None 
     # Multiples of 8 rows, for the sake of matrix products.
     step = max(8, numel // max(columns, 1) // 8 * 8)
     return [(start, min(start + step, rows)) for start in range(0, rows, step)] or [(0, 0)]
+
+
+def in_slices(
+    function: Callable[[int, int], tuple[Tensor, ...]], slices: Sequence[tuple[int, int]], x: Tensor
+) -> tuple[Tensor, ...]:
+    """What `function(start, stop)` gives for each of the `slices` of `x`, one below the other.
+
+    If `x` is a tensor of an estimate, only the first slice and one after all others, of the same size, are computed:
+    what is held at a time is the same (see `turns`).
+
+    Args:
+        function: gives tensors with one row for each row of the slice.
+        slices: bounds, from `row_slices`.
+        x: what they are slices of.
+    """
+    if len(slices) > 2 and is_shape_only(x):
+        (_, step), (_, stop) = slices[0], slices[-1]
+        first = function(0, step)
+        between = tuple(part.new_empty((stop - 2 * step, *part.shape[1:])) for part in first)
+        results = [first, between, function(step, 2 * step)]
+    else:
+        results = [function(start, stop) for start, stop in slices]
+    return results[0] if len(results) == 1 else tuple(torch.cat(parts) for parts in zip(*results, strict=True))

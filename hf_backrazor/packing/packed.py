@@ -16,7 +16,7 @@ from .bits import code_width
 from .codes import CODE_BITS, Codes, decode, encode, levels_of, thresholds_of
 from .index import encode_index, index_bytes, index_coding, index_dtype, scatter_kept
 from .integers import Integers, Kept, decode_integers
-from .layout import UNCHANGED, Layout, Packed, RowMap, row_slices
+from .layout import UNCHANGED, Layout, Packed, RowMap, in_slices, row_slices
 from .select import kept_count, topk_mask
 
 
@@ -343,15 +343,15 @@ def pack(x: Tensor, spec: PackSpec, mean: Tensor | None = None, rstd: Tensor | N
     matrix = x.reshape(layout.matrix)
     means = (_means(x),) if spec.centred else ()
     slices = row_slices(*layout.matrix, x.device) if layout.sliceable else [(0, layout.matrix[0])]
-    packed = []
-    for start, stop in slices:
+
+    def packed(start: int, stop: int) -> tuple[Tensor, ...]:
         part = layout if len(slices) == 1 else layout._of_rows(stop - start)
         rows = matrix[start:stop]
         if means:
             rows = rows - _of_rows(means[0], layout.group, start, stop)
-        packed.append(_parts(rows, part))
-    parts = packed[0] if len(packed) == 1 else tuple(torch.cat(p) for p in zip(*packed, strict=True))
-    return Packed(layout, means + parts)
+        return _parts(rows, part)
+
+    return Packed(layout, means + in_slices(packed, slices, x))
 
 
 def _pack_natively(x: Tensor, layout: SparseLayout, mean: Tensor | None = None, rstd: Tensor | None = None) -> Packed:
