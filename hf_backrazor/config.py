@@ -71,11 +71,11 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {},
     "fast": {"weight_gradient": "int8"},
     # Little is left outside of the blocks, but what its gradient loses goes through all of them.
-    "compact": {"recompute": "blocks", "residual_bits": 4, "norm_bits": 4, "activation_bits": 8, "qkv_bits": 8},
+    "compact": {"recompute": "blocks", "residual_bits": 4, "norm_bits": 8, "activation_bits": 8, "qkv_bits": 8},
 }
 PRESETS = tuple(_PRESETS)
 
-Bits = Literal[0, 1, 2, 3, 4]
+Bits = Literal[0, 1, 2, 3, 4, 8]
 
 Config = TypeVar("Config", bound="RazorConfig")
 
@@ -89,7 +89,7 @@ class RazorConfig(PushToHubMixin):
     Args:
         sparsity: fraction of a saved activation's elements not kept exactly, in [0, 1). 0 keeps all of them.
         granularity: what top-k runs over: `"row"` (last dimension), `"sample"` (batch item) or `"tensor"`.
-        residual_bits: bits an element, 0 to 4, for what top-k leaves over of a linear layer's input. 0: it unpacks
+        residual_bits: bits an element, 0 to 4 or 8, for what top-k leaves over of a linear layer's input. 0: it unpacks
             to zero, as in the paper. Otherwise it is kept as a code with one scale per row; and an input that
             another operator's copy restores (a norm's x_hat, an activation function's input, the factors of a
             gated product) is restored from that, in that operator's bits, and takes no codes of its own.

@@ -74,7 +74,7 @@ def language_loss(model: nn.Module, ids: Tensor, **others: Any) -> Callable[[], 
 def assert_close(grads: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert grads.keys() == expected.keys()
     for name, grad in expected.items():
-        torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def cosine(grads: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
