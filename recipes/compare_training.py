@@ -34,6 +34,7 @@ VARIANTS = {
     "balanced": ["--preset", "balanced"],
     "balanced 4 bits": ["--preset", "balanced", "--residual_bits", "4"],
     "fast": ["--preset", "fast"],
+    "compact": ["--preset", "compact"],
 }
 DEFAULT_VARIANTS = ["dense", "paper 0.8", "paper 0.9", "balanced"]
 PARTS_OF_CURVE = 6
