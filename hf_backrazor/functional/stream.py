@@ -140,6 +140,10 @@ class StoredInput:
             self._parts = self._node.saved_tensors
         return self._parts
 
+    def unpack(self) -> Tensor:
+        """What is packed, by itself."""
+        return self.layout.unpack(self.parts)
+
 
 class _Save(torch.autograd.Function):
     """Saves tensors as autograd does, so that saved-tensor hooks see them; it has no part in a backward."""

@@ -6,7 +6,7 @@ import functools
 import inspect
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
 from weakref import WeakSet, ref
@@ -18,10 +18,11 @@ from transformers.utils import logging
 
 from ..config import RazorConfig
 from ..functional.checkpoint import packed_checkpoint
-from ..functional.stream import Stream
+from ..functional.sharing import origin_of, pack_shared
+from ..functional.stream import StoredInput, Stream
 from ..packing import PackSpec
 from ..targets import is_excluded, matches_block, unmatched_blocks
-from .base import RazorModule
+from .base import RazorModule, linear_spec
 
 logger = logging.get_logger(__name__)
 
@@ -131,7 +132,7 @@ class RazorBlock(RazorModule):
         plain = self.razor_instance_forward or plain
         names = _argument_names(self.plain_class)
         x = args[0] if args else kwargs.get(names[0]) if names else None
-        if not self._recomputes(x, kwargs):
+        if not self._recomputes(x, (*args, *kwargs.values())):
             return plain(*args, **kwargs)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         caches = {name: given[name] for name in _CACHES if given.get(name) is not None}
@@ -154,7 +155,7 @@ class RazorBlock(RazorModule):
         buffers = self._changing_buffers()
         again = functools.partial(_with_buffers, self, buffers, plain)
         result = packed_checkpoint(plain, args, kwargs, *packed, masks=masks, again=again)
-        if self.razor_changing is None:
+        if self.razor_changing is None and not any(map(is_fake, buffers.values())):
             # By their values: batch norms change their statistics without a new version.
             for name in [name for name, value in buffers.items() if torch.equal(self.get_buffer(name), value)]:
                 del buffers[name]
@@ -167,11 +168,11 @@ class RazorBlock(RazorModule):
         names = [name for name, _ in self.named_buffers()] if names is None else names
         return {name: self.get_buffer(name).clone() for name in names}
 
-    def _recomputes(self, x: Any, kwargs: Mapping[str, Any]) -> bool:
+    def _recomputes(self, x: Any, arguments: Iterable[Any]) -> bool:
         """Whether this call saves anything that is worth to be computed again."""
         if not isinstance(x, Tensor) or not self.training:
             return False
-        tensors = (x, *(value for value in kwargs.values() if isinstance(value, Tensor)))
+        tensors = [value for value in arguments if isinstance(value, Tensor)]
         return self.razor_active(*tensors) or self.razor_active(*self.parameters())
 
     def _is_filled(self, cache: Any) -> bool:
@@ -182,6 +183,9 @@ class RazorBlock(RazorModule):
 
     def _store(self, x: Tensor) -> Callable[[], Tensor]:
         """Store `x`, and say how it is restored."""
+        if origin_of(x) is not None:
+            # A norm's output, as an MLP is given: the norm's own copy serves.
+            return StoredInput(0, pack_shared(x, linear_spec(self.razor_config, x))).unpack
         stack, index = self.razor_stack, self.razor_index
         stream = None if self.razor_follows is False else stack.stream_for(index, x)
         if stream is not None and self.razor_follows is None and not is_fake(x) and not x.is_meta:
