@@ -45,6 +45,7 @@ from benchmark_workloads import (
     with_checkpointing,
     with_fixed_batch_norms,
     with_lora,
+    with_packed_checkpoints,
 )
 from docstring_task import docstring_task
 from hf_backrazor import RazorConfig, get_razor_model, measure_saved_bytes
@@ -61,9 +62,10 @@ RAZOR_ROWS = {
     "razor, fast": RazorConfig.preset("fast"),
 }
 EAGER, SDPA, CHECKPOINTING, LORA = "dense, eager attention", "dense, SDPA", "activation checkpointing", "LoRA r=8"
+COMPACT = "razor, compact"
 # The paper's setting for convolutional networks; rows of models that have batch norms.
 FIXED_DENSE, FIXED_PAPER = "dense, batch norms fixed", "razor, paper 0.9, batch norms fixed"
-ROWS = (EAGER, SDPA, CHECKPOINTING, LORA, *RAZOR_ROWS, FIXED_DENSE, FIXED_PAPER)
+ROWS = (EAGER, SDPA, CHECKPOINTING, LORA, *RAZOR_ROWS, COMPACT, FIXED_DENSE, FIXED_PAPER)
 
 
 def applies(row: str, model: nn.Module) -> bool:
@@ -93,6 +95,8 @@ def measure(workload: str, row: str) -> dict[str, float | None] | None:
         model = with_lora(model)
     elif row == CHECKPOINTING:
         model = with_checkpointing(model)
+    elif row == COMPACT:
+        model = with_packed_checkpoints(model)
     elif row == FIXED_PAPER:
         model = get_razor_model(model, RAZOR_ROWS["razor, paper 0.9"])
     elif row in RAZOR_ROWS:
@@ -161,8 +165,8 @@ def measure_fidelity(case: Callable[[], tuple[PreTrainedModel, Batch]], rows: li
     dense = gradient()
     result = {}
     for row in rows:
-        if row in RAZOR_ROWS:
-            get_razor_model(model, RAZOR_ROWS[row])
+        if row in RAZOR_ROWS or row == COMPACT:
+            get_razor_model(model, RAZOR_ROWS.get(row, RazorConfig.preset("compact")))
             result[row] = nn.functional.cosine_similarity(gradient(), dense, dim=0).item()
             model.unload()
     return result

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from benchmark_workloads import LORA_TARGETS, WORKLOADS, Batch, with_checkpointing, with_lora
+from benchmark_workloads import LORA_TARGETS, WORKLOADS, Batch, with_checkpointing, with_lora, with_packed_checkpoints
 from hf_backrazor import RazorConfig, get_razor_model
 from hf_backrazor.functional.activation import GELU, cell_tables
 from hf_backrazor.kernels.library import available
@@ -47,6 +47,7 @@ VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "razor, paper 0.9": lambda model: get_razor_model(model, RazorConfig.preset("paper")),
     "razor, balanced": lambda model: get_razor_model(model, RazorConfig()),
     "razor, fast": lambda model: get_razor_model(model, RazorConfig.preset("fast")),
+    "razor, compact": with_packed_checkpoints,
 }
 
 

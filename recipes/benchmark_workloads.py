@@ -1,4 +1,4 @@
-"""What the benchmarks train: ViT-B/16, BERT-base, GPT-2, ResNet-50, MobileNetV2 and SegFormer-B0.
+"""What the benchmarks train: ViT-B/16, BERT-base, GPT-2, SmolLM2, ResNet-50, MobileNetV2 and SegFormer-B0.
 
 They have random weights, their default dropout, labels and loss.
 """
@@ -32,7 +32,12 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from hf_backrazor import RazorConfig, get_razor_model
+
 Batch = dict[str, Any]
+
+# Names of the blocks of ResNet and MobileNetV2.
+BLOCKS_OF_MAPS = r"[a-z_0-9]+\.(encoder\.stages\.\d+\.layers|layer)\.\d+"
 
 # PEFT's default targets for BERT and GPT-2; for ViT it has none, and attention's q and v are what its examples take.
 LORA_TARGETS = {"vit": ["q_proj", "v_proj"], "bert": None, "gpt2": None}
@@ -60,6 +65,15 @@ def llama() -> tuple[PreTrainedModel, Batch]:
     return LlamaForCausalLM(LlamaConfig(**sizes, use_cache=False)), {"input_ids": tokens, "labels": tokens}
 
 
+def smollm2() -> tuple[PreTrainedModel, Batch]:
+    """SmolLM2-135M: thirty narrow layers."""
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+    tokens = torch.randint(0, 49152, (4, 512))
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, use_cache=False))
+    return model, {"input_ids": tokens, "labels": tokens}
+
+
 def resnet() -> tuple[PreTrainedModel, Batch]:
     model = ResNetForImageClassification(ResNetConfig(num_labels=10))
     return model, {"pixel_values": torch.randn(8, 3, 224, 224), "labels": torch.arange(8)}
@@ -80,6 +94,7 @@ WORKLOADS: dict[str, Callable[[], tuple[PreTrainedModel, Batch]]] = {
     "BERT-base 8x128": bert,
     "GPT-2 2x512": lambda: gpt2(2, 512),
     "GPT-2 1x1024": lambda: gpt2(1, 1024),
+    "SmolLM2-135M 4x512": smollm2,
     "ResNet-50 8x224x224": resnet,
     "MobileNetV2 8x224x224": mobilenet,
     "SegFormer-B0 2x512x512": segformer,
@@ -97,9 +112,15 @@ def with_checkpointing(model: PreTrainedModel) -> PreTrainedModel:
         model.gradient_checkpointing_enable()
         return model
     for name, block in model.named_modules():
-        if re.fullmatch(r"[a-z_0-9]+\.(encoder\.stages\.\d+\.layers|layer)\.\d+", name):
+        if re.fullmatch(BLOCKS_OF_MAPS, name):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     return model
+
+
+def with_packed_checkpoints(model: PreTrainedModel) -> PreTrainedModel:
+    """The preset `compact`, with the same blocks."""
+    blocks = None if model.supports_gradient_checkpointing else BLOCKS_OF_MAPS
+    return get_razor_model(model, RazorConfig.preset("compact", recompute_modules=blocks))
 
 
 def with_fixed_batch_norms(model: PreTrainedModel) -> PreTrainedModel:
