@@ -141,7 +141,7 @@ def primitives() -> dict[str, tuple[int, Callable[[], object]]]:
 
 def attention_spec() -> PackSpec:
     """As `balanced` packs q, k and v."""
-    return PackSpec(0.99, bits=4, levels="even", centred=True)
+    return PackSpec(0.99, bits=4, levels="even", centred=True, rotated=True)
 
 
 def paper_spec() -> PackSpec:

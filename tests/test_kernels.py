@@ -56,6 +56,7 @@ rotated = st.builds(
     sparsity=st.sampled_from([0.3, 0.9, 0.97, 0.99, 1.0]),
     bits=st.sampled_from([1, 2, 3, 4]),
     value_dtype=st.sampled_from(["auto", "float32", "float16"]),
+    levels=st.sampled_from(["gaussian", "even"]),
     centred=st.booleans(),
     rotated=st.just(True),
 )

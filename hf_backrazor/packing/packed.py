@@ -36,8 +36,7 @@ class PackSpec:
         centred: store the mean over the second-to-last dimension (tokens), and pack what each row deviates from it.
         row_dims: how many of the last dimensions make a row: 1 for tokens; 2 for feature maps `(batch, channels,
             height, width)`, whose width alone would make short rows.
-        rotated: turn what top-k leaves of a row before it is coded (see `rotation`). For Gaussian levels and sets that
-            are rows.
+        rotated: turn what top-k leaves of a row before it is coded (see `rotation`). For sets that are rows.
     """
 
     sparsity: float = 0.0
@@ -52,10 +51,10 @@ class PackSpec:
     def __post_init__(self) -> None:
         if self.bits and self.bits not in CODE_BITS:
             raise ValueError(f"bits={self.bits!r}: must be 0 or one of {CODE_BITS}")
-        if self.rotated and (self.granularity != "row" or self.levels != "gaussian" or not 1 <= self.bits <= 4):
+        if self.rotated and (self.granularity != "row" or not 1 <= self.bits <= 4):
             raise ValueError(
-                f"rotated=True with granularity={self.granularity!r}, levels={self.levels!r}, bits={self.bits!r}: "
-                "must be granularity='row', levels='gaussian' and 1 to 4 bits"
+                f"rotated=True with granularity={self.granularity!r}, bits={self.bits!r}: must be "
+                "granularity='row' and 1 to 4 bits"
             )
 
 
