@@ -28,6 +28,7 @@ CONFIGS = {
     "balanced": {"preset": "balanced"},
     "sample": {"preset": "balanced", "granularity": "sample"},
     "lossless": {"preset": "lossless"},
+    "compact": {"preset": "compact"},
     # Top-k over the whole batch depends on what else is in the batch: the one case that has to differ.
     "tensor": {"preset": "balanced", "granularity": "tensor", "sparsity": 0.9, "residual_bits": 0},
 }

@@ -97,7 +97,8 @@ CASES = [
     *((name, "layers", "balanced") for name in MODELS),
     *((name, "Accelerate", config) for name in MODELS for config in ("lossless", "balanced")),
     *((name, sharding, "lossless") for name in ("gpt2", "llama") for sharding in OF_HEADS),
-    *((WITH_LORA, sharding, "balanced") for sharding in ("layers", "Accelerate")),
+    *((WITH_LORA, sharding, config) for sharding in ("layers", "Accelerate") for config in ("balanced", "compact")),
+    *((name, "layers", "compact") for name in MODELS),
 ]
 
 

@@ -26,8 +26,8 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from hf_backrazor import RazorConfig, get_razor_model, measure_saved_bytes
 
 MODELS = ("bert", "gpt2", "vit")
-ACCUMULATED = ("lossless", "balanced")
-RESUMED = ("balanced", "fast")
+ACCUMULATED = ("lossless", "balanced", "compact")
+RESUMED = ("balanced", "fast", "compact")
 TRAINED = ("bert", "gpt2")
 
 

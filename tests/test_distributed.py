@@ -194,7 +194,7 @@ def test_sharded_gradients_are_those_of_one_process(sharding: Reports, name: str
         assert report["mean_loss"] == pytest.approx(report["loss"], rel=1e-5)
         # BERT's layers read what the norm of the layer before wrote, and FSDP2 hands it on as another tensor, so that
         # it is packed once more, in other bits.
-        apart = 1e-2 if name == "bert" and config == "balanced" else 1e-5
+        apart = 1e-2 if name == "bert" and config in ("balanced", "compact") else 1e-5
         assert report["difference"] < apart * report["largest"]
         assert report["weights_differ"] < apart
         assert report["cosine"] > 0.999
@@ -212,7 +212,9 @@ def test_sharding_costs_none_of_what_razor_saves(sharding: Reports, name: str, h
             assert report["saved"] > report["saved_alone"]
         else:
             # A process has fewer rows, of which the pooler's and classifier's are kept whole sooner.
-            assert report["saved"] <= 1.02 * report["saved_alone"]
+            # BERT's first block can no longer be restored from the embeddings' norm.
+            more = 1.05 if name == "bert" and config == "compact" else 1.02
+            assert report["saved"] <= more * report["saved_alone"]
 
 
 @pytest.mark.slow
