@@ -67,7 +67,9 @@ def add_shared_arguments(
     razor = parser.add_argument_group("razor")
     razor.add_argument("--preset", choices=PRESETS, help=f"what is stored for backward (default: {DEFAULT_PRESET})")
     razor.add_argument("--sparsity", type=fraction, help="fraction of a saved activation not kept exactly")
-    razor.add_argument("--residual_bits", type=int, choices=range(5), help="bits for the rest of a layer's input")
+    razor.add_argument(
+        "--residual_bits", type=int, choices=(0, 1, 2, 3, 4, 8), help="bits for the rest of a layer's input"
+    )
     razor.add_argument("--dense", action="store_true", help="train without the razor, for comparison")
 
     training = parser.add_argument_group("training")

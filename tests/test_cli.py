@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import hf_backrazor
 from hf_backrazor import RazorConfig, estimate_saved_bytes, estimate_step_memory, get_razor_model
@@ -18,7 +25,10 @@ from hf_backrazor.cli import main
 from hf_backrazor.cli.text import parse_bytes, table
 from hf_backrazor.cli.variants import LADDER
 
-BERT = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 99}
+BERT = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 256, "num_hidden_layers": 3, "vocab_size": 99}
+RESNET = {"embedding_size": 16, "hidden_sizes": [32, 64], "depths": [1, 1], "num_labels": 10}
+COARSE = ("coarser than balanced", "coarsest")
+COMPACT = ("compact", "compact, 2 bits")
 
 
 @pytest.fixture(scope="module")
@@ -114,24 +124,34 @@ def test_the_largest_batch_fits_and_one_more_does_not(capsys, folder: Path) -> N
     assert {row["batch"] for row in nothing.values()} == {0}
 
 
-def test_plan_finds_the_finest_settings_that_fit(capsys, folder: Path) -> None:
+def test_plan_finds_the_first_settings_that_fit(capsys, folder: Path) -> None:
     everything = data(capsys, "plan", folder, "--batch", 64, "--memory", "1TiB")["settings"]
-    assert list(everything) == list(LADDER)
-    totals = [row["total"] for row in everything.values()]
-    assert totals == sorted(totals, reverse=True)
+    assert list(everything) == [name for name in LADDER if name not in COARSE]
     saved = [row["saved"] for row in everything.values()]
     assert saved == sorted(set(saved), reverse=True)
     memory = everything["balanced"]["total"]
     found = data(capsys, "plan", folder, "--batch", 64, "--memory", memory)
-    assert found["finest that fits"] == "balanced"
+    assert found["first that fits"] == "balanced"
     assert "get_razor_model(model, RazorConfig())" in run(capsys, "plan", folder, "--batch", 64, "--memory", memory)
     assert "Nothing fits" in run(capsys, "plan", folder, "--batch", 64, "--memory", "1MB")
+
+
+def test_coarse_codes_are_for_models_without_blocks_to_compute_again(capsys, tmp_path: Path) -> None:
+    config = ResNetConfig(**RESNET, architectures=["ResNetForImageClassification"])
+    config.save_pretrained(tmp_path)
+    found = data(capsys, "plan", tmp_path, "--image", 64, "--batch", 2, "--memory", "1TiB")["settings"]
+    assert list(found) == [name for name in LADDER if name not in COMPACT]
+    saved = [row["saved"] for row in found.values()]
+    assert saved == sorted(set(saved), reverse=True)
+    variants = data(capsys, "report", tmp_path, "--image", 64, "--batch", 2)["variants"]
+    assert [name for name, row in variants.items() if row is None] == ["activation checkpointing", "razor, compact"]
 
 
 @pytest.mark.parametrize("name", LADDER)
 def test_what_plan_recommends_is_what_it_measured(name: str) -> None:
     variant, code = LADDER[name]
-    model = variant(BertForSequenceClassification(BertConfig(**BERT)))
+    small = ResNetForImageClassification(ResNetConfig(**RESNET))
+    model = variant(small if name in COARSE else BertForSequenceClassification(BertConfig(**BERT)))
     if code:
         config = eval(code, {"RazorConfig": RazorConfig})
         assert model.razor_config.to_dict() | {"base_model_name_or_path": None} == config.to_dict()

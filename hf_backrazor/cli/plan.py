@@ -1,9 +1,11 @@
-"""Find what fits into a given memory: the largest batch of each preset, or the finest settings for a batch.
+"""Find what fits into a given memory: the largest batch of each preset, or settings for a batch.
 
 Without --batch, the largest batch that each way of training can take (beyond 32 examples: extrapolated). With --batch,
-the settings from the finest to the coarsest that is there, and which of them fits first. Memory is that of weights,
-gradients, the states of AdamW and activations at the peak of a step, as `hf-backrazor report` estimates it: leave some
-room for what the estimate does not know (the allocator, workspaces of operators, and the CUDA context: 0.5 to 1 GiB).
+settings each of which saves less than the one before, and which of them fits first: dense, `lossless`, finer than
+`balanced`, `balanced`, and `compact` in 4 and in 2 bits, or coarser codes for a model without blocks to compute again.
+Memory is that of weights, gradients, the states of AdamW and activations at the peak of a step, as `hf-backrazor
+report` estimates it: leave some room for what the estimate does not know (the allocator, workspaces of operators, and
+the CUDA context: 0.5 to 1 GiB).
 """
 
 from __future__ import annotations
@@ -47,9 +49,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     data["settings"] = {}
     for name, (variant, code) in LADDER.items():
         row = measured(model, variant, arguments.batch)
-        assert row is not None
-        data["settings"][name] = {**row, "fits": row["total"] <= memory, "code": code}
-    data["finest that fits"] = next((name for name, row in data["settings"].items() if row["fits"]), None)
+        if row is not None:
+            data["settings"][name] = {**row, "fits": row["total"] <= memory, "code": code}
+    data["first that fits"] = next((name for name, row in data["settings"].items() if row["fits"]), None)
     return data
 
 
@@ -66,7 +68,7 @@ def show(data: dict[str, Any]) -> str:
     rows = [("", "saved, MiB", "total, MiB", "fits")]
     for name, row in data["settings"].items():
         rows.append((name, mebibytes(row["saved"]), mebibytes(row["total"]), "yes" if row["fits"] else "no"))
-    chosen = data["finest that fits"]
+    chosen = data["first that fits"]
     if chosen is None:
         advice = "Nothing fits: take smaller batches and accumulate gradients, or LoRA, or a smaller model."
     elif not data["settings"][chosen]["code"]:

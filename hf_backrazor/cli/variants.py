@@ -1,4 +1,4 @@
-"""The ways to train that the commands compare, from the most faithful gradients to the least."""
+"""The ways to train that the commands compare."""
 
 from __future__ import annotations
 
@@ -21,6 +21,22 @@ def _razor(preset: str, **changes: Any) -> Variant:
     return prepare
 
 
+def _where_blocks(there: bool, variant: Variant) -> Variant:
+    """The variant, for models that have blocks to compute again; or else for those that have none."""
+
+    def prepare(model: Any) -> Any:
+        from .. import RazorConfig
+        from ..modules.block import find_blocks
+
+        try:
+            blocks = find_blocks(model, RazorConfig.preset("compact"))
+        except ValueError:
+            blocks = {}
+        return variant(model) if bool(blocks) == there else None
+
+    return prepare
+
+
 def _checkpointing(model: Any) -> Any:
     if not model.supports_gradient_checkpointing:
         return None
@@ -37,9 +53,12 @@ VARIANTS: dict[str, Variant] = {
     "razor, paper 0.9": _razor("paper", sparsity=0.9),
     "razor, balanced": _razor("balanced"),
     "razor, fast": _razor("fast"),
+    "razor, compact": _where_blocks(True, _razor("compact")),
 }
 
-# Each saves less than the one before. Between the presets: the fields that docs/choosing-bits.md finds worth most.
+# Each saves less than the one before; those that give None are left out. Between the presets: the fields that
+# docs/choosing-bits.md finds worth most. Blocks that are computed again save less than any codes do, for better
+# gradients than coarse codes give.
 LADDER: dict[str, tuple[Variant, str]] = {
     "dense": (VARIANTS["dense"], ""),
     "lossless": (VARIANTS["razor, lossless"], 'RazorConfig.preset("lossless")'),
@@ -48,12 +67,17 @@ LADDER: dict[str, tuple[Variant, str]] = {
         "RazorConfig(activation_bits=8, norm_bits=4, qkv_bits=8)",
     ),
     "balanced": (VARIANTS["razor, balanced"], "RazorConfig()"),
+    "compact": (VARIANTS["razor, compact"], 'RazorConfig.preset("compact")'),
+    "compact, 2 bits": (
+        _where_blocks(True, _razor("compact", stream_bits=2)),
+        'RazorConfig.preset("compact", stream_bits=2)',
+    ),
     "coarser than balanced": (
-        _razor("balanced", activation_bits=3, norm_bits=2),
+        _where_blocks(False, _razor("balanced", activation_bits=3, norm_bits=2)),
         "RazorConfig(activation_bits=3, norm_bits=2)",
     ),
     "coarsest": (
-        _razor("balanced", activation_bits=2, norm_bits=1, residual_bits=1, sparsity=0.995),
+        _where_blocks(False, _razor("balanced", activation_bits=2, norm_bits=1, residual_bits=1, sparsity=0.995)),
         "RazorConfig(activation_bits=2, norm_bits=1, residual_bits=1, sparsity=0.995)",
     ),
 }

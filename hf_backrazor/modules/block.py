@@ -143,9 +143,10 @@ class RazorBlock(RazorModule):
                     "blocks that read it are saved dense"
                 )
                 return plain(*args, **kwargs)
-            logger.warning_once(
-                "razor: blocks that are computed again in backward do not fill a cache; set `use_cache=False`"
-            )
+            if not is_fake(x):  # estimates ask for a cache by themselves
+                logger.warning_once(
+                    "razor: blocks that are computed again in backward do not fill a cache; set `use_cache=False`"
+                )
             # Those given by position have names as well.
             args, kwargs = args[:1], {**{name: given[name] for name in names[1 : len(args)]}, **kwargs}
             kwargs |= dict.fromkeys(caches) | ({"use_cache": False} if kwargs.get("use_cache") else {})
