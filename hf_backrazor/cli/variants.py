@@ -21,18 +21,18 @@ def _razor(preset: str, **changes: Any) -> Variant:
     return prepare
 
 
-def _where_blocks(there: bool, variant: Variant) -> Variant:
-    """The variant, for models that have blocks to compute again; or else for those that have none."""
+def _with_blocks(variant: Variant) -> Variant:
+    """The variant, for models that have blocks to compute again."""
 
     def prepare(model: Any) -> Any:
         from .. import RazorConfig
         from ..modules.block import find_blocks
 
         try:
-            blocks = find_blocks(model, RazorConfig.preset("compact"))
+            find_blocks(model, RazorConfig.preset("compact"))
         except ValueError:
-            blocks = {}
-        return variant(model) if bool(blocks) == there else None
+            return None
+        return variant(model)
 
     return prepare
 
@@ -53,12 +53,11 @@ VARIANTS: dict[str, Variant] = {
     "razor, paper 0.9": _razor("paper", sparsity=0.9),
     "razor, balanced": _razor("balanced"),
     "razor, fast": _razor("fast"),
-    "razor, compact": _where_blocks(True, _razor("compact")),
+    "razor, compact": _with_blocks(_razor("compact")),
 }
 
-# Each saves less than the one before; those that give None are left out. Between the presets: the fields that
-# docs/choosing-bits.md finds worth most. Blocks that are computed again save less than any codes do, for better
-# gradients than coarse codes give.
+# From the best gradients to the coarsest, but for `compact`: better ones than `balanced`, for more computation. Those
+# that give None are left out. Between the presets: the fields that docs/choosing-bits.md finds worth most.
 LADDER: dict[str, tuple[Variant, str]] = {
     "dense": (VARIANTS["dense"], ""),
     "lossless": (VARIANTS["razor, lossless"], 'RazorConfig.preset("lossless")'),
@@ -69,15 +68,15 @@ LADDER: dict[str, tuple[Variant, str]] = {
     "balanced": (VARIANTS["razor, balanced"], "RazorConfig()"),
     "compact": (VARIANTS["razor, compact"], 'RazorConfig.preset("compact")'),
     "compact, 2 bits": (
-        _where_blocks(True, _razor("compact", stream_bits=2)),
+        _with_blocks(_razor("compact", stream_bits=2)),
         'RazorConfig.preset("compact", stream_bits=2)',
     ),
     "coarser than balanced": (
-        _where_blocks(False, _razor("balanced", activation_bits=3, norm_bits=2)),
+        _razor("balanced", activation_bits=3, norm_bits=2),
         "RazorConfig(activation_bits=3, norm_bits=2)",
     ),
     "coarsest": (
-        _where_blocks(False, _razor("balanced", activation_bits=2, norm_bits=1, residual_bits=1, sparsity=0.995)),
+        _razor("balanced", activation_bits=2, norm_bits=1, residual_bits=1, sparsity=0.995),
         "RazorConfig(activation_bits=2, norm_bits=1, residual_bits=1, sparsity=0.995)",
     ),
 }
