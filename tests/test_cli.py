@@ -126,8 +126,8 @@ def test_the_largest_batch_fits_and_one_more_does_not(capsys, folder: Path) -> N
 
 def test_plan_finds_the_first_settings_that_fit(capsys, folder: Path) -> None:
     everything = data(capsys, "plan", folder, "--batch", 64, "--memory", "1TiB")["settings"]
-    assert list(everything) == [name for name in LADDER if name not in COARSE]
-    saved = [row["saved"] for row in everything.values()]
+    assert list(everything) == list(LADDER)
+    saved = [row["saved"] for name, row in everything.items() if name not in COARSE]
     assert saved == sorted(set(saved), reverse=True)
     memory = everything["balanced"]["total"]
     found = data(capsys, "plan", folder, "--batch", 64, "--memory", memory)
@@ -136,7 +136,7 @@ def test_plan_finds_the_first_settings_that_fit(capsys, folder: Path) -> None:
     assert "Nothing fits" in run(capsys, "plan", folder, "--batch", 64, "--memory", "1MB")
 
 
-def test_coarse_codes_are_for_models_without_blocks_to_compute_again(capsys, tmp_path: Path) -> None:
+def test_compact_is_left_out_for_models_without_blocks_to_compute_again(capsys, tmp_path: Path) -> None:
     config = ResNetConfig(**RESNET, architectures=["ResNetForImageClassification"])
     config.save_pretrained(tmp_path)
     found = data(capsys, "plan", tmp_path, "--image", 64, "--batch", 2, "--memory", "1TiB")["settings"]

@@ -536,6 +536,19 @@ class TestMemory:
         del loss
         assert alive() is None
 
+    def test_a_stream_that_is_not_gone_on_with_keeps_no_sum(self) -> None:
+        # A block whose input has nothing in common with the last begins another one.
+        model, ids = llama(), tokens()
+        model.model.layers[1].register_forward_pre_hook(lambda _, args: (-3 * args[0], *args[1:]))
+        expected = gradients(model, language_loss(model, ids))
+        get_razor_model(model, COMPACT)
+        loss = language_loss(model, ids)()
+        assert model.model.layers[1].razor_follows is False
+        streams = list(model.model.layers[0].razor_stack.streams)
+        assert [stream.sum_bytes for stream in streams] == [0, 0]
+        del loss, streams
+        assert cosine(gradients(model, language_loss(model, ids)), expected) > 0.99
+
     def test_masks_are_packed_once(self) -> None:
         model, ids = llama(6), tokens(4, 64)
         padding = torch.ones_like(ids)

@@ -80,7 +80,8 @@ class Stream:
 
     def end(self) -> None:
         """Forget the running sum, as no block follows. What backward needs is summed up again."""
-        self._sum = None
+        with self._lock:
+            self._sum = None
 
     def restore(self, stored: StoredInput) -> Tensor:
         """The input that is `stored` here, contiguous; its own tensor.

@@ -67,7 +67,11 @@ class Stack:
         return stream if same and stream.device == x.device else None
 
     def continue_with(self, stream: Stream, index: int) -> None:
-        """Note that the block at `index` was stored in `stream`."""
+        """Note that the block at `index` was stored in `stream`; no other stream of this thread goes on."""
+        before = getattr(self._current, "stream", None)
+        before = before() if before is not None else None
+        if before is not None and before is not stream:
+            before.end()
         self._current.stream, self._current.index = ref(stream), index
         self.streams.add(stream)
         if index == self.size - 1:
