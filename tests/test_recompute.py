@@ -220,6 +220,18 @@ def test_blocks_of_other_kinds(kind: str) -> None:
     assert saved < 0.5 * checkpointed_bytes(model.unload(), input_ids=ids, labels=ids)
 
 
+def test_experts_that_run_one_after_the_other_get_the_tokens_that_they_had() -> None:
+    torch.manual_seed(0)
+    model, ids = OTHERS["experts"]().train(), tokens(4, 128)
+    model.set_experts_implementation("eager")
+    expected = gradients(model, language_loss(model, ids))
+    razor = get_razor_model(model, COMPACT)
+    assert cosine(gradients(razor, language_loss(razor, ids)), expected) > 0.999
+    exact = measure_saved_bytes(razor, input_ids=ids, labels=ids).by_module["model.layers.1"]
+    razor.set_experts_implementation("grouped_mm")
+    assert measure_saved_bytes(razor, input_ids=ids, labels=ids).by_module["model.layers.1"] < 0.3 * exact
+
+
 class Bottleneck(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

@@ -88,6 +88,7 @@ class RazorBlock(RazorModule):
             before its first forward.
         razor_changing: names of the buffers that its forward changes, as batch norms do; None: not known before the
             first.
+        razor_experts: names of its modules that hold experts.
     """
 
     kind = "block"
@@ -97,6 +98,7 @@ class RazorBlock(RazorModule):
     razor_index: int
     razor_follows: bool | None
     razor_changing: tuple[str, ...] | None
+    razor_experts: tuple[str, ...]
 
     @classmethod
     def handles(cls, module: nn.Module) -> bool:
@@ -109,6 +111,8 @@ class RazorBlock(RazorModule):
         super().install(module, config)
         module.razor_stack, module.razor_index = Stack(1), 0
         module.razor_follows = module.razor_changing = None
+        names = (name for name, _ in module.named_modules())
+        module.razor_experts = tuple(name for name in names if name.rpartition(".")[2] == "experts")
         # Put there by Accelerate, which moves inputs and weights to where they belong: part of what is computed again.
         module.razor_instance_forward = module.__dict__.pop("forward", None)
 
@@ -156,6 +160,7 @@ class RazorBlock(RazorModule):
             kwargs |= dict.fromkeys(caches) | ({"use_cache": False} if kwargs.get("use_cache") else {})
         masks = [value for name, value in given.items() if _is_mask(name, value)]
         exact = self.razor_config.stream_bits == 32 or not self.razor_config.sparsity or not self.worth_packing(x)
+        exact = exact or self._loops_over_experts()
         packed = () if exact else (x, self._store(x))
         buffers = self._changing_buffers()
         again = functools.partial(_with_buffers, self, buffers, plain)
@@ -179,6 +184,22 @@ class RazorBlock(RazorModule):
             return False
         tensors = [value for value in arguments if isinstance(value, Tensor)]
         return self.razor_active(*tensors) or self.razor_active(*self.parameters())
+
+    def _loops_over_experts(self) -> bool:
+        """Whether experts run one after the other, each on the tokens that are sent to it.
+
+        From an input that is nearly the same, a token between two experts may be sent to the other one. How many each
+        gets has to be as it was, as the graph is that of the first run. Experts in one grouped product take any.
+        """
+        experts = [self.get_submodule(name) for name in self.razor_experts]
+        configs = (getattr(each, "config", None) for each in experts)
+        loops = any(getattr(config, "_experts_implementation", "eager") == "eager" for config in configs)
+        if loops:
+            logger.warning_once(
+                "razor: blocks whose experts run one after the other keep their input as it is; "
+                '`model.set_experts_implementation("grouped_mm")`, where the model has it, lets it be packed'
+            )
+        return loops
 
     def _is_filled(self, cache: Any) -> bool:
         if not hasattr(cache, "get_seq_length"):
