@@ -571,9 +571,8 @@ def test_weight_gradients_by_integers_replace_those_by_floats(name: str, monkeyp
     get_razor_model(model, RazorConfig(weight_gradient="int8"))
     model.train()
     found, again, other = gradients(model, batch), gradients(model, batch), gradients(model, batch, seed=4)
-    for module in model.modules():
-        if hasattr(module, "razor_config"):
-            module.razor_config = RazorConfig()
+    # The same codes, multiplied as floats.
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     expected = gradients(model, batch)
     changed = 0
     for key, grad in found.items():

@@ -99,7 +99,9 @@ class RazorActivation(RazorModule):
             return super().forward(input)
         bits = activation_bits(self.razor_config, input)
         if not parameters:
-            spec = gate_spec(self.razor_config) if "razor_gates" in self.__dict__ else None
+            # Of tokens; a gate of feature maps has one element a channel.
+            gates = "razor_gates" in self.__dict__ and input.dim() < 4
+            spec = gate_spec(self.razor_config) if gates else None
             return activation(input, super().forward, self.rule, bits, inplace=inplace, spec=spec)
         forward = partial(_forward_with, self, tuple(parameters))
         return activation(input, forward, None, bits, tuple(parameters.values()), inplace)
