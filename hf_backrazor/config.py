@@ -377,6 +377,10 @@ def _is_layers(value: Any) -> bool:
 
 
 _PATTERN = f"a valid regular expression of 1 to {MAX_PATTERN_LENGTH} characters, repetitions below {MAX_REPETITIONS}"
+_SOME_MODULES = (
+    lambda value: value != [] and _is_modules(value),
+    f"a list of 1 to {MAX_ENTRIES} names, {_PATTERN}, or None",
+)
 _TEXT = (lambda value: value is None or isinstance(value, str), "a string or None")
 
 # Field -> whether a value is legal, and what is, in words. Of Literal fields, the type says it.
@@ -385,14 +389,8 @@ _LEGAL: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: (isinstance(value, float) or _is_index(value)) and 0 <= value < 1,
         "a number in [0, 1)",
     ),
-    "target_modules": (
-        lambda value: value != [] and _is_modules(value),
-        f"a list of 1 to {MAX_ENTRIES} names, {_PATTERN}, or None",
-    ),
-    "recompute_modules": (
-        lambda value: value != [] and _is_modules(value),
-        f"a list of 1 to {MAX_ENTRIES} names, {_PATTERN}, or None",
-    ),
+    "target_modules": _SOME_MODULES,
+    "recompute_modules": _SOME_MODULES,
     "exclude_modules": (_is_modules, f"a list of at most {MAX_ENTRIES} names, {_PATTERN}, or None"),
     "layers_to_transform": (_is_layers, f"an integer of at least 0, a list of 1 to {MAX_ENTRIES} of these, or None"),
     "min_numel": (_is_index, "an integer of at least 0"),

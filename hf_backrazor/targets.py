@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import regex
@@ -52,28 +52,12 @@ def matches_block(config: Targets, name: str, *classes: str) -> bool:
     modules = config.recompute_modules
     if modules is None:
         return "GradientCheckpointingLayer" in classes
-    if isinstance(modules, str):
-        return any(_fullmatch(modules, each) for each in (name, *classes))
-    return any(_is_entry(entry, name) or entry in classes for entry in modules)
+    return any(_is_listed(modules, each) for each in (name, *classes))
 
 
-def unmatched_blocks(config: Targets, modules: Iterable[tuple[str, Sequence[str]]]) -> list[str]:
-    """What in `recompute_modules` matches none of the modules, each a name and the names of its classes; in words."""
-    entries = config.recompute_modules
-    if entries is None:
-        return []
-    modules = list(modules)
-    if isinstance(entries, str):
-        return (
-            []
-            if any(matches_block(config, name, *classes) for name, classes in modules)
-            else [f"recompute_modules regex {entries!r}"]
-        )
-    return [
-        f"recompute_modules entry {entry!r}"
-        for entry in entries
-        if not any(_is_entry(entry, name) or entry in classes for name, classes in modules)
-    ]
+def unmatched_blocks(config: Targets, names: Iterable[str]) -> list[str]:
+    """What in `recompute_modules` matches none of `names`, of modules and of their classes; in words."""
+    return _unmatched(_entries("recompute_modules", config.recompute_modules), names)
 
 
 def unmatched_targets(config: Targets, names: Iterable[str]) -> list[str]:
@@ -84,17 +68,10 @@ def unmatched_targets(config: Targets, names: Iterable[str]) -> list[str]:
     no mistake.
     """
     names = list(names)
-    found = []
-    if isinstance(config.target_modules, str):
-        found.append(("target_modules regex", config.target_modules, _is_listed))
-    else:
-        found += [("target_modules entry", entry, _is_entry) for entry in config.target_modules or []]
-    found += [("overrides pattern", pattern, match_pattern) for pattern in config.overrides]
-    unmatched = [
-        f"{kind} {entry!r}" for kind, entry, matches in found if not any(matches(entry, name) for name in names)
-    ]
+    entries = _entries("target_modules", config.target_modules)
+    entries += [("overrides pattern", pattern, match_pattern) for pattern in config.overrides]
     present = {layer_index(name) for name in names}
-    return unmatched + [f"layers_to_transform index {i}" for i in _layers(config) if i not in present]
+    return _unmatched(entries, names) + [f"layers_to_transform index {i}" for i in _layers(config) if i not in present]
 
 
 def match_pattern(pattern: str, name: str) -> bool:
@@ -107,6 +84,21 @@ def match_pattern(pattern: str, name: str) -> bool:
 def layer_index(name: str) -> int | None:
     """The first component of the dotted `name` that is an integer; None if there is none."""
     return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+
+
+# What names modules: its kind in words, itself, and whether it matches a name.
+_Entry = tuple[str, str, Callable[[str, str], bool]]
+
+
+def _entries(field: str, modules: list[str] | str | None) -> list[_Entry]:
+    if isinstance(modules, str):
+        return [(f"{field} regex", modules, _fullmatch)]
+    return [(f"{field} entry", entry, _is_entry) for entry in modules or []]
+
+
+def _unmatched(entries: Iterable[_Entry], names: Iterable[str]) -> list[str]:
+    names = list(names)
+    return [f"{kind} {entry!r}" for kind, entry, matches in entries if not any(matches(entry, name) for name in names)]
 
 
 def _is_listed(modules: list[str] | str, name: str) -> bool:

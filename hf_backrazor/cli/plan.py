@@ -1,8 +1,8 @@
 """Find what fits into a given memory: the largest batch of each preset, or settings for a batch.
 
 Without --batch, the largest batch that each way of training can take (beyond 32 examples: extrapolated). With --batch,
-settings each of which saves less than the one before, and which of them fits first: dense, `lossless`, finer than
-`balanced`, `balanced`, and `compact` in 4 and in 2 bits, coarser codes.
+several settings, and which of them fits first: dense, `lossless`, finer than `balanced`, `balanced`, `compact` in 4 and
+in 2 bits (where the model has blocks to compute again), and coarser codes.
 Memory is that of weights, gradients, the states of AdamW and activations at the peak of a step, as `hf-backrazor
 report` estimates it: leave some room for what the estimate does not know (the allocator, workspaces of operators, and
 the CUDA context: 0.5 to 1 GiB).

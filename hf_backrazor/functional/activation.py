@@ -20,7 +20,7 @@ from torch.autograd.function import FunctionCtx
 from ..packing import Cells, CellTable, Packed, PackSpec, Steps, encode_cells, pack, pack_steps, times_steps
 from ..packing.cells import FINE
 from .differentiation import once_differentiable, replayed_gradients, restored, saved_parts, twice_differentiable
-from .layouts import ActivatedLayout, CellLayout, ChannelAffineLayout, RectifiedLayout
+from .layouts import ActivatedLayout, CellLayout, ChannelAffineLayout, RectifiedLayout, gradient_by_rows
 from .precision import current_autocast
 from .sharing import note_origin, origin_of
 
@@ -238,11 +238,7 @@ class _CodedActivation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor, *_codes: None) -> tuple[Tensor | None, ...]:
-        grad_input = torch.empty_like(grad_output, memory_format=torch.contiguous_format)
-        into, grad_rows = grad_input.view(ctx.layout.matrix), grad_output.reshape(ctx.layout.matrix)
-        for start, stop, derivative in ctx.layout.slices(ctx.saved_tensors, grad_output.dtype):
-            torch.mul(grad_rows[start:stop], derivative, out=into[start:stop])
-        return grad_input, None, None, None, None
+        return gradient_by_rows(grad_output, ctx.layout, ctx.saved_tensors), None, None, None, None
 
 
 class _PackedActivation(torch.autograd.Function):
@@ -265,11 +261,10 @@ class _PackedActivation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        grad_input = torch.empty_like(grad_output, memory_format=torch.contiguous_format)
-        into, grad_rows = grad_input.view(ctx.layout.matrix), grad_output.reshape(ctx.layout.matrix)
-        for start, stop, x in ctx.layout.slices(ctx.saved_tensors, grad_output.dtype):
-            into[start:stop] = ctx.rule.gradient(x, grad_rows[start:stop])
-        return grad_input, None, None, None, None
+        def write(x: Tensor, grad: Tensor, out: Tensor) -> None:
+            out.copy_(ctx.rule.gradient(x, grad))
+
+        return gradient_by_rows(grad_output, ctx.layout, ctx.saved_tensors, write), None, None, None, None
 
 
 class _Activation(torch.autograd.Function):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import inf, prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -398,6 +399,24 @@ class ProductLayout(Layout):
         """See `Layout.unpack_rows`."""
         left = _rows(self.left, parts[: self.left_parts], start, stop, dtype)
         return left * _rows(self.right, parts[self.left_parts :], start, stop, dtype)
+
+
+def gradient_by_rows(
+    grad_output: Tensor, layout: Layout, parts: Sequence[Tensor], write: Callable[..., Any] = torch.mul
+) -> Tensor:
+    """The gradient of an elementwise operator, a few rows at a time.
+
+    Args:
+        grad_output: of the layout's shape.
+        layout: of what the gradient depends on.
+        parts: of this layout.
+        write: `write(rows, grad_rows, out=...)` computes some rows of it (default: the product of both).
+    """
+    result = torch.empty_like(grad_output, memory_format=torch.contiguous_format)
+    into, grad_rows = result.view(layout.matrix), grad_output.reshape(layout.matrix)
+    for start, stop, rows in layout.slices(parts, grad_output.dtype):
+        write(rows, grad_rows[start:stop], out=into[start:stop])
+    return result
 
 
 def _rows(layout: Layout, parts: Sequence[Tensor], start: int, stop: int, dtype: torch.dtype) -> Tensor:

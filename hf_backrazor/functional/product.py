@@ -8,7 +8,7 @@ from torch.autograd.function import FunctionCtx
 
 from ..packing import Layout, Packed, PackSpec
 from .differentiation import is_wanted, restored, saved_parts, twice_differentiable
-from .layouts import ProductLayout
+from .layouts import ProductLayout, gradient_by_rows
 from .sharing import note_origin, pack_shared
 
 
@@ -54,8 +54,4 @@ def _times(grad_output: Tensor, layout: Layout, parts: tuple[Tensor, ...], const
     """`grad_output` times what `parts` hold, a few rows at a time."""
     if torch.is_grad_enabled():
         return grad_output * restored(layout, parts, grad_output.dtype, constant)
-    result = torch.empty_like(grad_output, memory_format=torch.contiguous_format)
-    into, grad_rows = result.view(layout.matrix), grad_output.reshape(layout.matrix)
-    for start, stop, factor in layout.slices(parts, grad_output.dtype):
-        torch.mul(grad_rows[start:stop], factor, out=into[start:stop])
-    return result
+    return gradient_by_rows(grad_output, layout, parts)

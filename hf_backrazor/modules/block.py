@@ -244,11 +244,12 @@ def find_blocks(model: nn.Module, config: RazorConfig) -> dict[str, nn.Module]:
     Raises:
         ValueError: there are none.
     """
-    found = {
-        name: module for name, module in model.named_modules() if name and matches_block(config, name, *_kinds(module))
-    }
-    if unmatched := unmatched_blocks(config, ((name, _kinds(module)) for name, module in model.named_modules())):
+    kinds = {name: _kinds(module) for name, module in model.named_modules()}
+    if unmatched := unmatched_blocks(config, [*kinds, *(kind for each in kinds.values() for kind in each)]):
         raise ValueError(f"no module of this {type(model).__name__} is matched by " + "; ".join(unmatched))
+    found = {
+        name: module for name, module in model.named_modules() if name and matches_block(config, name, *kinds[name])
+    }
     outer = {name[:end] for name in found for end, letter in enumerate(name) if letter == "."}
     found = {name: module for name, module in found.items() if name not in outer and not is_excluded(config, name)}
     if not found:

@@ -244,16 +244,18 @@ INLINED void choose_levels(const float *restrict x, int64_t bits, const float *r
 #undef SIGN
 }
 
-/* `bits` is a number that the compiler knows. */
-INLINED double encode_row_of(const float *x, int64_t n, int64_t bits, const float *thresholds, const float *levels,
-                             uint8_t *fields) {
+/* `bits` and `sums` are numbers that the compiler knows; without `sums`, nothing is computed but the codes. */
+INLINED double encode_row_of(const float *x, int64_t n, int64_t bits, int sums, const float *thresholds,
+                             const float *levels, uint8_t *fields) {
     double lanes[LANES] = {0};
     for (int64_t start = 0; start < n; start += PORTION) {
         uint8_t codes[PORTION];
         float chosen[PORTION];
         choose_levels(x + start, bits, thresholds, levels, codes, chosen);
 #define PRODUCT(i) ((double)float_of(magnitude(x[start + (i)])) * (double)chosen[i])
-        for (int i = 0; i < LANES; i++) lanes[i] += PRODUCT(i) + PRODUCT(LANES + i);
+        if (sums) {
+            for (int i = 0; i < LANES; i++) lanes[i] += PRODUCT(i) + PRODUCT(LANES + i);
+        }
 #undef PRODUCT
         write_codes(codes, start, n, bits, fields);
     }
@@ -261,13 +263,13 @@ INLINED double encode_row_of(const float *x, int64_t n, int64_t bits, const floa
 }
 
 /* Codes of a row by its thresholds, 2^(bits-1) - 1 of them. `x` has zeros up to a full portion. Returns the sum of the
- * elements times their levels. */
-INLINED double encode_row(const float *x, int64_t n, int64_t bits, const float *thresholds, const float *levels,
-                          uint8_t *fields) {
-    if (bits == 1) return encode_row_of(x, n, 1, thresholds, levels, fields);
-    if (bits == 2) return encode_row_of(x, n, 2, thresholds, levels, fields);
-    if (bits == 3) return encode_row_of(x, n, 3, thresholds, levels, fields);
-    return encode_row_of(x, n, 4, thresholds, levels, fields);
+ * elements times their levels if `sums`, and else 0. */
+INLINED double encode_row(const float *x, int64_t n, int64_t bits, int sums, const float *thresholds,
+                          const float *levels, uint8_t *fields) {
+    if (bits == 1) return encode_row_of(x, n, 1, sums, thresholds, levels, fields);
+    if (bits == 2) return encode_row_of(x, n, 2, sums, thresholds, levels, fields);
+    if (bits == 3) return encode_row_of(x, n, 3, sums, thresholds, levels, fields);
+    return encode_row_of(x, n, 4, sums, thresholds, levels, fields);
 }
 
 INLINED void emit_codes(const pack_args *a, int64_t set, const scratch *s) {
@@ -283,9 +285,14 @@ INLINED void emit_codes(const pack_args *a, int64_t set, const scratch *s) {
     }
     reach = from_bfloat16(to_bfloat16(reach));
     for (int64_t j = 0; j < count; j++) thresholds[j] = a->thresholds[j] * reach;
-    const double products = encode_row(s->x, n, a->bits, thresholds, a->levels, a->fields + set * a->fields_stride);
-    /* Rows as they are may be sparse: a scale that makes up for what the greatest are cut to would blow up the others. */
-    if (a->rotated) reach = products == 0.0 ? 0.0f : (float)(squares / products);
+    uint8_t *fields = a->fields + set * a->fields_stride;
+    if (a->rotated) {
+        const double products = encode_row(s->x, n, a->bits, 1, thresholds, a->levels, fields);
+        reach = products == 0.0 ? 0.0f : (float)(squares / products);
+    } else {
+        /* Such rows may be sparse: a scale that makes up for what the greatest are cut to would blow up the others. */
+        encode_row(s->x, n, a->bits, 0, thresholds, a->levels, fields);
+    }
     a->scale[set] = to_bfloat16(reach);
 }
 
