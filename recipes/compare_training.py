@@ -28,6 +28,7 @@ from run_folder import finish_saving
 
 VARIANTS = {
     "dense": ["--dense"],
+    "checkpointing": ["--dense", "--gradient_checkpointing"],  # language_modeling.py only
     "paper 0.7": ["--preset", "paper", "--sparsity", "0.7"],
     "paper 0.8": ["--preset", "paper", "--sparsity", "0.8"],
     "paper 0.9": ["--preset", "paper", "--sparsity", "0.9"],

@@ -71,6 +71,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max_length", type=count, default=128, help="tokens in an example")
     parser.add_argument("--mask_share", type=nonzero_fraction, default=0.15, help="of tokens, for masked")
     parser.add_argument("--vocab_size", type=count, default=2048, help="of the default model")
+    parser.add_argument(
+        "--gradient_checkpointing", action="store_true", help="with --dense: compute each block again in backward"
+    )
     add_shared_arguments(parser, output_dir="runs/language_modeling", learning_rate=1e-3, batch_size=16, epochs=6)
     return parser.parse_args()
 
@@ -82,6 +85,8 @@ def main() -> None:
     checkpoint = chosen_checkpoint(args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
     check_plot(args.plot)
     config = razor_config(args)
+    if args.gradient_checkpointing and not args.dense:
+        stop("--gradient_checkpointing is for --dense; with razor, --preset compact computes blocks again in backward")
 
     with stop_on_error("could not start Accelerate"):
         accelerator = Accelerator(
@@ -195,6 +200,8 @@ def main() -> None:
 
     # The razor is one call. The report comes before accelerator.prepare, which may wrap the model.
     model.to(accelerator.device)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     if config is not None:
         with stop_on_error("the razor cannot be put into this model"):
             model = get_razor_model(model, config)
