@@ -10,7 +10,8 @@ the recipe's own command line, with what stands after `--` added to it, so the h
     python recipes/compare_training.py --recipe semantic_segmentation.py --score mean_iou \
         --variants dense balanced "paper 0.7" --output_dir runs/segmentation
 
-Runs that are finished are not run again: an interrupted comparison goes on where it was.
+Runs that are finished are not run again: an interrupted comparison goes on where it was. `--plot FILE` draws loss and
+memory of all variants in one picture.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from run_folder import finish_saving
+from training_plot import check_plot, model_name, save_comparison_plot
 
 VARIANTS = {
     "dense": ["--dense"],
@@ -49,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=DEFAULT_VARIANTS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time; they share the CPU's cores")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw loss and memory of each step")
     parser.add_argument("rest", nargs="*", metavar="-- ARGUMENTS", help="given to the recipe")
     return parser.parse_args()
 
@@ -90,14 +93,20 @@ def row(variant: str, runs: list[dict], score: str) -> str:
 
 def main() -> None:
     args = parse_arguments()
+    check_plot(args.plot is not None)
     jobs = [(variant, seed) for seed in args.seeds for variant in args.variants]
     with ThreadPoolExecutor(args.parallel) as pool:
         results = dict(zip(jobs, pool.map(lambda job: train(args, *job), jobs), strict=True))
     name = args.score.replace("_", " ")
     print(f"| | {name} | by seed | mean training loss in each of {PARTS_OF_CURVE} parts of the run |")
     print("|---|---|---|---|")
-    for variant in args.variants:
-        print(row(variant, [results[variant, seed] for seed in args.seeds], args.score))
+    runs = {variant: [results[variant, seed] for seed in args.seeds] for variant in args.variants}
+    for variant, seeds in runs.items():
+        print(row(variant, seeds, args.score))
+    if args.plot is not None:
+        recipe = Path(args.recipe).stem.replace("_", " ")
+        first = runs[args.variants[0]][0]["arguments"]
+        save_comparison_plot(args.plot, title=f"{recipe}, {model_name(first, 'the default model')}", runs=runs)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,26 @@
-"""`--plot`: the loss and the memory of every training step, as `training.png` in the run folder."""
+"""`--plot`: pictures of the loss and the memory of every training step, of one run or of several side by side."""
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from arguments import DEFAULT_PRESET
 from one_line_errors import stop
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PLOT = "training.png"
 WIDTH, HEIGHT, DPI = 8.0, 6.0, 120  # inches, inches, pixels an inch
 # The mean runs over this share of the steps: batches differ too much for single losses to show where they go.
 SMOOTHED = 0.05
 FAINT, STRONG, QUIET = "#a8c4e0", "#1f5a99", "#666666"
+# Dashes as well as colours, as curves that agree lie on top of each other.
+LINES = ["-", "--", "-.", ":"]
 
 
 def check_plot(wanted: bool, argument: str = "--plot") -> None:
@@ -73,22 +80,62 @@ def save_training_plot(folder: str, *, task: str, default_model: str, metrics: d
     memory_panel.set_title(_saved(metrics["saved_bytes"]), fontsize=10, color=QUIET, loc="left")
     memory_panel.xaxis.set_major_locator(MaxNLocator(integer=True))
 
-    for panel in (loss_panel, memory_panel):
+    _tidy(loss_panel, memory_panel)
+    figure.savefig(Path(folder) / PLOT)
+
+
+def save_comparison_plot(path: str | Path, *, title: str, runs: Mapping[str, Sequence[dict[str, Any]]]) -> None:
+    """Draw the losses and peaks of several variants' runs in one picture.
+
+    Args:
+        path: of the picture; its suffix says of which kind (png, svg, pdf).
+        title: above it.
+        runs: the variants' names, and what `metrics.json` says of the runs of each, one for each seed. Losses are the
+            seeds' mean.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")
+    loss_panel, memory_panel = figure.subplots(2, 1, sharex=True)
+    figure.suptitle(title, fontsize=12, parse_math=False)
+    for index, (variant, seeds) in enumerate(runs.items()):
+        style = {"color": f"C{index}", "linestyle": LINES[index % len(LINES)]}
+        losses = [statistics.mean(step) for step in zip(*(run["step_losses"] for run in seeds), strict=True)]
+        smooth = running_mean(losses, max(1, round(SMOOTHED * len(losses))))
+        loss_panel.plot(range(1, len(losses) + 1), smooth, label=variant, **style)
+        memory = seeds[0]["memory_mib"]
+        if memory["step_peaks"]:
+            above = [peak - memory["before_training"] for peak in memory["step_peaks"]]
+            memory_panel.plot(range(1, len(above) + 1), above, label=variant, **style)
+    loss_panel.set_ylabel("training loss")
+    loss_panel.legend(loc="upper right", frameon=False)
+    memory_panel.set_ylabel("memory over that before training (MiB)")
+    memory_panel.set_ylim(bottom=0)
+    memory_panel.set_xlabel("optimizer step")
+    _tidy(loss_panel, memory_panel)
+    figure.savefig(path)
+
+
+def _tidy(*panels: Axes) -> None:
+    for panel in panels:
         panel.grid(color="0.92")
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(Path(folder) / PLOT)
 
 
 def run_settings(arguments: dict[str, Any], default_model: str) -> str:
     """Which model was trained, and how: for titles."""
-    model = arguments["model"] or default_model
-    if Path(model).is_dir():
-        model = Path(model).resolve().name
+    model = model_name(arguments, default_model)
     if arguments["dense"]:
         return f"{model}, dense"
     sparsity = "" if arguments["sparsity"] is None else f", sparsity {arguments['sparsity']:g}"
     return f"{model}, razor ({arguments['preset'] or DEFAULT_PRESET}{sparsity})"
+
+
+def model_name(arguments: dict[str, Any], default_model: str) -> str:
+    """The model's Hub id, or the name of its folder."""
+    model = arguments["model"] or default_model
+    return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def _scores(last: dict[str, float]) -> str:

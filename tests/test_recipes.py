@@ -1322,12 +1322,15 @@ def test_trainings_are_compared_by_the_score_that_is_asked_for(environment, tmp_
             folder = tmp_path / f"{variant}-seed-{seed}"
             folder.mkdir()
             history = [{"step": 6, "train_loss": 1.0, "mean_iou": value, "overall_accuracy": 0.9}]
-            metrics = {"mean_iou": value, "step_losses": [1.0] * 6, "history": history}
+            metrics = {"mean_iou": value, "step_losses": [1.0] * 6, "history": history, "arguments": {"model": None}}
+            metrics["memory_mib"] = {"of": "process", "before_training": 10.0, "step_peaks": [20.0 + seed] * 6}
             (folder / "metrics.json").write_text(json.dumps(metrics))
     command = [str(RECIPES / "compare_training.py"), "--recipe", "semantic_segmentation.py", "--seeds", "0", "1"]
     command += ["--variants", "dense", "paper 0.7", "--output_dir", str(tmp_path)]
-    done = run(environment, *command, "--score", "mean_iou")
+    done = run(environment, *command, "--score", "mean_iou", "--plot", str(tmp_path / "curves.svg"))
     assert done.returncode == 0, done.stderr
+    drawn = (tmp_path / "curves.svg").read_text()
+    assert drawn.count("<!-- dense -->") == drawn.count("<!-- paper 0.7 -->") == 1  # in the legend
     header, _, dense, paper = done.stdout.splitlines()
     assert header.startswith("| | mean iou | by seed |")
     assert dense.startswith("| dense | 0.600 ± 0.141 | 0.500, 0.700 | 1.000")
