@@ -7,6 +7,7 @@ Other instances of that class do not notice.
 from __future__ import annotations
 
 from functools import cache
+from types import MethodType
 from typing import Any, ClassVar
 
 from torch import nn
@@ -60,7 +61,23 @@ def extend(module: nn.Module, extension: type[Extension]) -> None:
     top = type(module)
     base = top.__bases__[0] if is_parametrized(module) and top.__name__.startswith("Parametrized") else top
     extensions, plain_class = (base.extensions, base.plain_class) if "extensions" in vars(base) else ((), base)
-    module.__class__ = _rebased(top, base, _extended_class((extension, *extensions), plain_class))
+    _become(module, _rebased(top, base, _extended_class((extension, *extensions), plain_class)))
+
+
+def can_extend(module: nn.Module, extension: type[Extension]) -> bool:
+    """Whether Python lets the object have such a class.
+
+    It does not where a class with slots comes first among the bases, as `abc.ABC` and `typing.Generic` are:
+    `class Layer(ABC, nn.Module)`.
+    """
+    if "extensions" in vars(type(module)) or is_parametrized(module):
+        return True  # its layout is that of a class that was extended, or made, at run time
+    blank = object.__new__(type(module))
+    try:
+        blank.__class__ = _extended_class((extension,), type(module))
+    except TypeError:
+        return False
+    return True
 
 
 def restore(module: nn.Module, *kinds: type[Extension]) -> None:
@@ -69,9 +86,37 @@ def restore(module: nn.Module, *kinds: type[Extension]) -> None:
         if "extensions" in vars(base) and any(issubclass(extension, kinds) for extension in base.extensions):
             kept = tuple(extension for extension in base.extensions if not issubclass(extension, kinds))
             below = _extended_class(kept, base.plain_class) if kept else base.plain_class
-            module.__class__ = _rebased(type(module), base, below)
+            _become(module, _rebased(type(module), base, below))
             restore(module, *kinds)
             return
+
+
+def runs_its_class(module: nn.Module) -> bool:
+    """Whether the forward of the object's class is what runs in the end.
+
+    It is, unless another was set on the object: if that is a hook of Accelerate (`device_map`, offloading), it runs the
+    one that it found there.
+    """
+    own = module.__dict__
+    return "forward" not in own or any(_is_bound(own.get(name), module) for name in _BOUND)
+
+
+# Where Accelerate leaves a module's forward: when it puts a hook on, and when it takes one off.
+_BOUND = ("_old_forward", "forward")
+
+
+def _is_bound(method: Any, module: nn.Module) -> bool:
+    """Whether `method` is the forward of the object's class."""
+    is_own = isinstance(method, MethodType) and method.__self__ is module
+    return is_own and method.__func__ is getattr(type(module), "forward", None)
+
+
+def _become(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Give the object another class. Where its forward is bound, it is that of the new class from now on."""
+    bound = [name for name in _BOUND if _is_bound(module.__dict__.get(name), module)]
+    module.__class__ = cls
+    for name in bound:
+        module.__dict__[name] = MethodType(cls.forward, module)
 
 
 def _rebased(cls: type, old: type, new: type) -> type:

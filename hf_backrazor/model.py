@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from .config import RazorConfig
-from .extension import Extension, extend, restore
+from .extension import Extension, can_extend, extend, restore, runs_its_class
 from .model_card import TAG, write_section
 from .modules import (
     OPERATORS,
@@ -62,21 +62,9 @@ class RazorModel(Extension, _Module):
         """Names and modules that save packed activations."""
         return ((name, module) for name, module in self.named_modules() if isinstance(module, RazorModule))
 
-    def unload(self) -> nn.Module:
+    def remove_razor(self) -> nn.Module:
         """Turn the model back into what it was before `get_razor_model`, weights as they are now, and return it."""
-        self.__dict__.pop("_razor_unwatched", None)
-        for module in list(self.modules()):
-            if isinstance(module, RazorModel):
-                module.__dict__.pop("razor_config", None)
-                module.__dict__.pop("_razor_report", None)
-                if TAG in (tags := module.__dict__.pop("model_tags", None) or []):
-                    tags.remove(TAG)
-                if tags:
-                    module.model_tags = tags
-            if isinstance(module, RazorModule):
-                module.clear()
-            if isinstance(module, (RazorModel, RazorModule)):
-                restore(module, RazorModel, RazorModule)
+        _remove(self)
         return self
 
     @contextmanager
@@ -103,6 +91,10 @@ class RazorModel(Extension, _Module):
             dense = measure_saved_bytes(self, **batch)
         self._razor_report = MemoryReport.of(self, dense, measure_saved_bytes(self, **batch))
         return self._razor_report
+
+
+class RazorPreTrainedModel(RazorModel):
+    """Of models that can be saved and pushed to the Hub."""
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As the plain model's; `razor_config.json` goes beside the weights."""
@@ -151,6 +143,7 @@ def get_razor_model(model: Model, config: RazorConfig | None = None) -> Model:
         config: the settings (default: `RazorConfig()`).
 
     Raises:
+        TypeError: the model's class has a base such as `abc.ABC` before `nn.Module`.
         ValueError: the model is a razor model already; or nothing in it can be replaced; or a target in the config
             matches nothing that can be.
     """
@@ -158,7 +151,7 @@ def get_razor_model(model: Model, config: RazorConfig | None = None) -> Model:
         if isinstance(module, (RazorModel, RazorModule)):
             raise ValueError(
                 f"{name or 'this'} ({type(module).__name__}) was prepared by `get_razor_model` already; call "
-                "`unload()` on the model that came from it first"
+                "`remove_razor()` on the model that came from it first"
             )
     config = dataclasses.replace(config) if config is not None else RazorConfig()
     if config.base_model_name_or_path is None:
@@ -166,6 +159,12 @@ def get_razor_model(model: Model, config: RazorConfig | None = None) -> Model:
 
     # What PEFT's `merge_and_unload` will return is a razor model too.
     whole = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]
+    for prepared in whole:
+        if not can_extend(prepared, RazorModel):
+            raise TypeError(
+                f"{type(prepared).__name__} cannot be extended: expected nn.Module before classes such as ABC or "
+                "Generic among its bases"
+            )
     _take_copies(model)
     heads = _heads(model)
     replaced: dict[str, tuple[nn.Module, type[RazorModule]]] = {}
@@ -183,8 +182,10 @@ def get_razor_model(model: Model, config: RazorConfig | None = None) -> Model:
         elif operator is not None and not name:
             skipped["its forward is that of the model itself"].append(type(module).__name__)
             continue
-        if operator is not None and "forward" in module.__dict__:
-            skipped["its forward was replaced on the instance, as Accelerate's hooks do"].append(name)
+        if operator is not None and not runs_its_class(module):
+            skipped["its forward was replaced on the instance"].append(name)
+        elif operator is not None and not can_extend(module, operator):
+            skipped["a class such as ABC or Generic comes first among the bases of its class"].append(name)
         elif operator is not None:
             replaced[name] = (module, operator)
         elif matches_target(config, name):
@@ -204,16 +205,38 @@ def get_razor_model(model: Model, config: RazorConfig | None = None) -> Model:
     for reason, names in skipped.items():
         warnings.warn(f"saved dense, as {reason}: {_enumerate(names)}", stacklevel=2)
 
-    for name, (module, operator) in replaced.items():
-        operator.install(module, config.resolve(name))
-    stack_blocks(blocks)
-    for prepared in whole:
-        extend(prepared, RazorModel)
-        prepared.razor_config = config
-        if hasattr(prepared, "add_model_tags"):  # of cards that Trainer writes
-            prepared.add_model_tags(TAG)
+    try:
+        for name, (module, operator) in replaced.items():
+            operator.install(module, config.resolve(name))
+        stack_blocks(blocks)
+        for prepared in whole:
+            saves = hasattr(type(prepared), "save_pretrained")
+            extend(prepared, RazorPreTrainedModel if saves else RazorModel)
+            prepared.razor_config = config
+            if hasattr(prepared, "add_model_tags"):  # of cards that Trainer writes
+                prepared.add_model_tags(TAG)
+    except BaseException:
+        _remove(model)  # all or nothing
+        raise
     model._razor_unwatched = True
     return model
+
+
+def _remove(model: nn.Module) -> None:
+    """Turn `model` back into what it was, weights as they are now."""
+    model.__dict__.pop("_razor_unwatched", None)
+    for module in list(model.modules()):
+        if isinstance(module, RazorModel):
+            module.__dict__.pop("razor_config", None)
+            module.__dict__.pop("_razor_report", None)
+            if TAG in (tags := module.__dict__.pop("model_tags", None) or []):
+                tags.remove(TAG)
+            if tags:
+                module.model_tags = tags
+        if isinstance(module, RazorModule):
+            module.clear()
+        if isinstance(module, (RazorModel, RazorModule)):
+            restore(module, RazorModel, RazorModule)
 
 
 def _take_copies(model: nn.Module) -> None:
@@ -254,11 +277,15 @@ def _has_no_state(module: nn.Module) -> bool:
 
 
 def _heads(model: nn.Module) -> set[nn.Module | None]:
-    """The layers that give a language model's logits."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    # In PEFT's `modules_to_save` each adapter has a copy, beside the original.
-    copies = getattr(head, "modules_to_save", None)
-    return {head} if copies is None else {head.original_module, *copies.values()}
+    """The layers that give a language model's logits, also of one inside of another module (a reward, a Lightning
+    module)."""
+    heads: set[nn.Module | None] = set()
+    for module in model.modules():
+        head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+        # In PEFT's `modules_to_save` each adapter has a copy, beside the original.
+        copies = getattr(head, "modules_to_save", None)
+        heads |= {head} if copies is None else {head.original_module, *copies.values()}
+    return heads
 
 
 def _enumerate(names: list[str], limit: int = 5) -> str:

@@ -168,7 +168,7 @@ def measure_fidelity(case: Callable[[], tuple[PreTrainedModel, Batch]], rows: li
         if row in RAZOR_ROWS or row == COMPACT:
             get_razor_model(model, RAZOR_ROWS.get(row, RazorConfig.preset("compact")))
             result[row] = nn.functional.cosine_similarity(gradient(), dense, dim=0).item()
-            model.unload()
+            model.remove_razor()
     return result
 
 

@@ -52,7 +52,7 @@ def test_forward_is_bit_equal_and_lossless_gradients_are_autograds(name: str, at
             torch.testing.assert_close(
                 grads[parameter], grad, rtol=1e-3, atol=1e-5, msg=lambda m, p=parameter: f"{p}: {m}"
             )
-        razor.unload()
+        razor.remove_razor()
 
     for config, fidelity in (
         (RazorConfig.preset("paper", sparsity=0.9), 0.2),
@@ -70,6 +70,6 @@ def test_forward_is_bit_equal_and_lossless_gradients_are_autograds(name: str, at
         assert nn.functional.cosine_similarity(flat, flat_expected, dim=0) > fidelity
         report = razor.memory_report(**batch)
         assert report.razor_bytes < 0.6 * report.dense_bytes
-        assert razor.unload() is model
+        assert razor.remove_razor() is model
         assert type(model) is plain_type
         assert repr(model) == plain_repr

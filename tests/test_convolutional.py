@@ -583,7 +583,7 @@ def test_frozen_batch_norms_stay_so_and_save_nothing() -> None:
     rows = {row.name: row for row in model.train().memory_report(input=x).modules}
     assert rows["1"].razor_bytes < 256
     assert "RazorFrozenBatchNorm2d" in repr(model)
-    model.unload().train()
+    model.remove_razor().train()
     assert type(model[1]).__name__ == "FrozenBatchNorm2d"
     assert not model[1].training
     with pytest.raises(ValueError, match="nothing to freeze in this Linear: it has no batch norm"):

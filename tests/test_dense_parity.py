@@ -284,7 +284,7 @@ def test_preparing_one_model_leaves_the_activation_functions_of_others() -> None
     assert models[0].transformer.h[0].mlp.act is models[1].transformer.h[0].mlp.act
     get_razor_model(models[0])
     assert "Razor" not in type(models[1].transformer.h[0].mlp.act).__name__
-    models[0].unload()
+    models[0].remove_razor()
 
 
 class ChannelNorm(nn.Module):
@@ -368,7 +368,7 @@ def test_parametrizations_come_and_go_before_and_after(normalise: Callable[[nn.M
     torch.manual_seed(0)
     normalise(after[0])
     after(x).sum().backward()
-    after.unload()
+    after.remove_razor()
     assert parametrize.is_parametrized(after[0])
     after(x)
     parametrize.remove_parametrizations(after[0], "weight")
@@ -379,7 +379,7 @@ def test_parametrizations_come_and_go_before_and_after(normalise: Callable[[nn.M
     parametrize.remove_parametrizations(before[0], "weight")
     assert "RazorLinear" in {cls.__name__ for cls in type(before[0]).__mro__}
     before(x).sum().backward()
-    before.unload()
+    before.remove_razor()
     assert type(before[0]) is nn.Linear
 
 

@@ -163,7 +163,7 @@ def test_a_model_that_is_extended_twice_is_copied_pickled_and_unloaded() -> None
         assert torch.equal(other(**batch).loss, expected)
         assert isinstance(other, RazorOutermost)
         assert type(other) is type(model)
-    assert model.unload() is model
+    assert model.remove_razor() is model
     assert type(model) is hf.SegformerForSemanticSegmentation
     assert not [name for name in vars(model) if "razor" in name]
 

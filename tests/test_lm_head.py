@@ -221,7 +221,7 @@ def test_logits_are_there_when_asked_for(name: str) -> None:
     weight = model.get_output_embeddings().weight
     (grad,) = torch.autograd.grad(logits.square().mean(), weight, retain_graph=True)
     torch.manual_seed(1)
-    model.unload()
+    model.remove_razor()
     (expected_grad,) = torch.autograd.grad(model(**batch).logits.square().mean(), weight)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-3, atol=1e-5)
 
@@ -309,7 +309,7 @@ def test_sixteen_bits_and_autocast() -> None:
     expected.loss.backward()
     assert F.cosine_similarity(gradient.flatten(), weight.grad.flatten(), dim=0) > 0.999
 
-    model = model.unload().bfloat16()
+    model = model.remove_razor().bfloat16()
     loss, gradients = loss_and_gradients(model, batch)
     get_razor_model(model, RazorConfig.preset("lossless"))
     ours, our_gradients = loss_and_gradients(model, batch)

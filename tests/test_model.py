@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import subprocess
 import sys
@@ -9,7 +10,6 @@ import warnings
 
 import pytest
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module
 from architectures import make
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -105,9 +105,89 @@ def test_a_second_call_is_refused() -> None:
     model, _ = make("vit")
     get_razor_model(model)
     with pytest.raises(
-        ValueError, match=r"this \(ViTForImageClassification\) was prepared by .* already; call `unload\(\)`"
+        ValueError, match=r"this \(ViTForImageClassification\) was prepared by .* already; call `remove_razor\(\)`"
     ):
         get_razor_model(model)
+
+
+class OutOfOrder(abc.ABC):  # noqa: B024
+    """A base with slots of its own below it, so that Python does not let its objects change their class."""
+
+
+class AbstractLinear(OutOfOrder, nn.Linear):
+    pass
+
+
+class AbstractModel(OutOfOrder, nn.Sequential):
+    pass
+
+
+def test_a_layer_whose_class_cannot_be_extended_is_left_and_named() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), AbstractLinear(8, 8)).train()
+    expected = gradients_of(model, torch.ones(3, 4, 8))
+    with pytest.warns(UserWarning, match="a class such as ABC or Generic comes first among the bases of its class: 1$"):
+        get_razor_model(model, RazorConfig.preset("lossless"))
+    assert [name for name, _ in model.razor_modules()] == ["0"]
+    torch.testing.assert_close(gradients_of(model, torch.ones(3, 4, 8)), expected)
+
+
+def test_a_model_whose_class_cannot_be_extended_is_refused() -> None:
+    model = AbstractModel(nn.Linear(8, 8))
+    with pytest.raises(
+        TypeError, match=r"AbstractModel cannot be extended: expected nn\.Module before classes such as"
+    ):
+        get_razor_model(model)
+    assert type(model[0]) is nn.Linear
+
+
+def gradients_of(model: nn.Module, x: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return [p.grad for p in model.parameters()]
+
+
+def test_all_is_prepared_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = make("llama")
+    classes = {name: type(module) for name, module in model.named_modules()}
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    installed = []
+
+    def fail_at_the_third(cls: type[RazorLinear], module: nn.Module, config: RazorConfig) -> None:
+        installed.append(module)
+        super(RazorLinear, cls).install(module, config)
+        if len(installed) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RazorLinear, "install", classmethod(fail_at_the_third))
+        with pytest.raises(KeyboardInterrupt):
+            get_razor_model(model)
+    assert {name: type(module) for name, module in model.named_modules()} == classes
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+    assert isinstance(get_razor_model(model), RazorModel)
+
+
+def test_what_is_added_takes_no_name_that_a_plain_module_would_be_asked_for() -> None:
+    model = get_razor_model(nn.Sequential(nn.Linear(8, 8)))
+    for name in ("save_pretrained", "push_to_hub", "create_or_update_model_card", "unload"):
+        assert not hasattr(model, name)
+
+
+@pytest.mark.parametrize("attribute", ["model", "reward_model"])
+def test_a_language_model_inside_of_a_module_saves_what_it_saves_by_itself(attribute: str) -> None:
+    class Holder(nn.Module):
+        def __init__(self, held: nn.Module) -> None:
+            super().__init__()
+            setattr(self, attribute, held)
+
+        def forward(self, **batch: Tensor) -> Tensor:
+            return getattr(self, attribute)(**batch).loss
+
+    model, batch = make("llama")
+    alone = measure_saved_bytes(get_razor_model(copy.deepcopy(model)), **batch).total
+    held = get_razor_model(Holder(model))
+    assert measure_saved_bytes(held, **batch).total == alone
+    assert held.get_submodule(attribute).get_output_embeddings().kind == "head"
 
 
 def test_a_model_with_nothing_to_replace_is_refused() -> None:
@@ -231,7 +311,7 @@ def test_activation_checkpointing_gets_a_notice_and_the_same_gradients() -> None
         assert torch.equal(grads[name], grad), name
 
 
-def test_unload_gives_the_plain_model_back_with_its_weights() -> None:
+def test_remove_razor_gives_the_plain_model_back_with_its_weights() -> None:
     model, batch = make("gpt2")
     plain = copy.deepcopy(model)
     get_razor_model(model)
@@ -239,7 +319,7 @@ def test_unload_gives_the_plain_model_back_with_its_weights() -> None:
         lambda: (lambda out: (out.backward(), out)[1])(model(**batch).loss)
     )
     trained = copy.deepcopy(model.state_dict())
-    model.unload()
+    model.remove_razor()
     assert type(model) is type(plain)
     assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
     assert [m.__dict__.keys() for m in model.modules()] == [m.__dict__.keys() for m in plain.modules()]
@@ -375,7 +455,7 @@ def test_half_precision_models(name: str, dtype: torch.dtype) -> None:
         assert grads[parameter].dtype == dtype
         scale = grad.abs().max() + 1e-3
         assert (grads[parameter] - grad).abs().max() <= 0.05 * scale, parameter
-    razor.unload()
+    razor.remove_razor()
     for config in (RazorConfig.preset("paper"), RazorConfig()):
         get_razor_model(razor, config)
         torch.manual_seed(3)
@@ -384,7 +464,7 @@ def test_half_precision_models(name: str, dtype: torch.dtype) -> None:
         assert torch.equal(output.logits, dense(**batch).logits)
         output.loss.backward()
         assert all(p.grad.isfinite().all() for p in razor.parameters() if p.grad is not None)
-        razor.unload()
+        razor.remove_razor()
 
 
 @pytest.mark.parametrize("name", ["vit", "bert", "gpt2", "llama"])
@@ -471,14 +551,6 @@ def test_leaving_training_before_backward_does_not_change_the_gradient() -> None
     loss.backward()
     for name, grad in expected.items():
         assert torch.equal(dict(model.named_parameters())[name].grad, grad), name
-
-
-def test_a_layer_whose_forward_was_replaced_on_the_instance_is_named() -> None:
-    model = Block()
-    add_hook_to_module(model.up, ModelHook())
-    with pytest.warns(UserWarning, match="replaced on the instance, as Accelerate's hooks do: up"):
-        get_razor_model(model)
-    assert "up" not in dict(model.razor_modules())
 
 
 def test_an_attention_function_of_somebody_elses_is_recomputed_even_in_paper_form() -> None:
@@ -639,7 +711,7 @@ def test_deepcopy_is_independent() -> None:
     model, batch = make("bert")
     get_razor_model(model)
     twin = copy.deepcopy(model)
-    model.unload()
+    model.remove_razor()
     assert isinstance(twin, RazorModel)
     assert isinstance(twin.bert.encoder.layer[0].attention.self, RazorAttention)
     assert isinstance(twin.classifier, RazorLinear)

@@ -137,7 +137,7 @@ def test_adapter_then_razor(method: str, name: str) -> None:
         assert least < cosine(razor_gradients, gradients)
         # Not quite that of dense training: IA3's classifier, whose input is kept whole, has nearly all of the gradient.
         assert any(not torch.equal(razor_gradients[key], gradients[key]) for key in trained)
-        assert razor.unload() is adapted
+        assert razor.remove_razor() is adapted
         assert type(adapted) is plain_type
         assert not any(isinstance(module, RazorModule) for module in adapted.modules())
     assert_same_step(get_razor_model(adapted, RazorConfig.preset("lossless")), plain, batch)
@@ -236,11 +236,11 @@ def test_razor_then_lora_then_razor_is_refused_and_changes_nothing() -> None:
     model, batch = make("bert")
     adapted = with_adapter(get_razor_model(model), "bert")
     before = {key: type(module) for key, module in adapted.named_modules()}
-    with pytest.raises(ValueError, match=r"prepared by `get_razor_model` already; call `unload\(\)`"):
+    with pytest.raises(ValueError, match=r"prepared by `get_razor_model` already; call `remove_razor\(\)`"):
         get_razor_model(adapted)
     assert {key: type(module) for key, module in adapted.named_modules()} == before
     # What the message says to do.
-    adapted.get_base_model().unload()
+    adapted.get_base_model().remove_razor()
     plain = copy.deepcopy(adapted)
     get_razor_model(adapted, RazorConfig.preset("lossless"))
     assert any(isinstance(module, RazorLinear) for key, module in adapted.named_modules() if ".lora_A." in key)
@@ -307,10 +307,10 @@ def test_merge_and_unload_after_razor(method: str, name: str) -> None:
     assert torch.equal(logits(merged, batch), logits(expected, batch))
     torch.testing.assert_close(logits(merged, batch), adapted_logits, rtol=1e-4, atol=1e-5)
 
-    # It goes on as a razor model, and as a plain one after `unload`.
+    # It goes on as a razor model, and as a plain one after `remove_razor`.
     assert isinstance(merged, RazorModel)
     merged.requires_grad_(True)
-    dense = copy.deepcopy(merged).unload()
+    dense = copy.deepcopy(merged).remove_razor()
     assert not any(isinstance(module, RazorModule) for module in dense.modules())
     assert sum(isinstance(module, RazorLinear) for _, module in merged.razor_modules()) > 6
     assert torch.equal(step(merged, batch)[1], step(dense, batch)[1])
@@ -332,17 +332,17 @@ def test_merging_in_place_and_back(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_both_unloads_take_off_what_is_theirs(method: str) -> None:
+def test_adapters_and_razor_are_taken_off_apart(method: str) -> None:
     model, batch = make("llama")
     base_logits = logits(model, batch)
     razor = get_razor_model(with_adapter(model, "llama", method))
     # PEFT's takes the adapters off; the razor stays.
-    base = copy.deepcopy(razor).base_model.unload()
+    base = copy.deepcopy(razor).unload()
     assert torch.equal(logits(base, batch), base_logits)
     assert isinstance(base, RazorModel)
     assert not any("lora" in key or "ia3" in key or "ln_tuning" in key for key, _ in base.named_parameters())
-    # Razor's takes the razor off; the adapters stay, and `unload` is PEFT's again.
-    plain = razor.unload()
+    # `remove_razor` takes the razor off; the adapters stay.
+    plain = razor.remove_razor()
     assert isinstance(plain, peft.PeftModel)
     assert torch.equal(logits(plain.unload(), batch), base_logits)
 
@@ -431,7 +431,7 @@ def test_an_adapter_added_later_works_and_is_packed_once_the_razor_is_put_on_aga
     assert gradients
     assert all(".second." in key for key in gradients)
 
-    plain = razor.unload()
+    plain = razor.remove_razor()
     expected_loss, expected, _ = step(plain, batch)
     assert torch.equal(loss, expected_loss)
     assert torch.equal(found, expected)

@@ -170,7 +170,7 @@ def test_architectures(name: str, attention: str) -> None:
         else:
             assert cosine(grads, expected_grads) > 0.95
             assert measure_saved_bytes(razor, **batch).total < 0.7 * checkpointing
-        assert razor.unload() is model
+        assert razor.remove_razor() is model
         assert not any(isinstance(module, RazorBlock) for module in model.modules())
 
 
@@ -215,9 +215,9 @@ def test_blocks_of_other_kinds(kind: str) -> None:
     model, ids = OTHERS[kind]().train(), tokens()
     expected = gradients(model, language_loss(model, ids))
     assert_close(gradients(get_razor_model(model, EXACT), language_loss(model, ids)), expected)
-    assert cosine(gradients(get_razor_model(model.unload(), COMPACT), language_loss(model, ids)), expected) > 0.98
+    assert cosine(gradients(get_razor_model(model.remove_razor(), COMPACT), language_loss(model, ids)), expected) > 0.98
     saved = measure_saved_bytes(model, input_ids=ids, labels=ids).total
-    assert saved < 0.5 * checkpointed_bytes(model.unload(), input_ids=ids, labels=ids)
+    assert saved < 0.5 * checkpointed_bytes(model.remove_razor(), input_ids=ids, labels=ids)
 
 
 def test_experts_that_run_one_after_the_other_get_the_tokens_that_they_had() -> None:
@@ -316,7 +316,7 @@ def test_residual_network_of_stages(memory_format: torch.memory_format) -> None:
     get_razor_model(model, RazorConfig.preset("lossless", recompute="blocks", recompute_modules=["Bottleneck"]))
     assert_close(gradients(model, loss), expected)
     # A batch norm that ran again would have moved its statistics twice.
-    model.unload()
+    model.remove_razor()
     model.load_state_dict(buffers, strict=False)
     config = RazorConfig.preset("compact", recompute_modules=["Bottleneck"])
     get_razor_model(model, config)
@@ -334,7 +334,7 @@ def test_u_shaped_network_with_side_inputs() -> None:
     expected = gradients(model, loss)
     get_razor_model(model, RazorConfig.preset("lossless", recompute="blocks", recompute_modules=["Block"]))
     assert_close(gradients(model, loss), expected)
-    get_razor_model(model.unload(), RazorConfig.preset("compact", recompute_modules=["Block"]))
+    get_razor_model(model.remove_razor(), RazorConfig.preset("compact", recompute_modules=["Block"]))
     assert cosine(gradients(model, loss), expected) > 0.98
 
 
@@ -366,7 +366,7 @@ class TestTraining:
         expected = gradients(model, lambda: language_loss(model, first)() + language_loss(model, second)())
         get_razor_model(model, EXACT)
         assert_close(gradients(model, lambda: language_loss(model, first)() + language_loss(model, second)()), expected)
-        get_razor_model(model.unload(), COMPACT)
+        get_razor_model(model.remove_razor(), COMPACT)
         together = gradients(model, lambda: language_loss(model, first)() + language_loss(model, second)())
         assert cosine(together, expected) > 0.99
         one, other = (gradients(model, language_loss(model, ids)) for ids in (first, second))
@@ -425,7 +425,7 @@ class TestTraining:
         expected = gradients(model, lambda: model(**batch).loss)
         assert_close(gradients(get_razor_model(model, EXACT), lambda: model(**batch).loss), expected)
         after = torch.get_rng_state()
-        gradients(model.unload(), lambda: model(**batch).loss)
+        gradients(model.remove_razor(), lambda: model(**batch).loss)
         assert torch.equal(after, torch.get_rng_state())
 
     def test_autocast(self) -> None:
@@ -437,7 +437,7 @@ class TestTraining:
 
         expected = gradients(model, loss)
         assert_close(gradients(get_razor_model(model, EXACT), loss), expected)
-        assert cosine(gradients(get_razor_model(model.unload(), COMPACT), loss), expected) > 0.99
+        assert cosine(gradients(get_razor_model(model.remove_razor(), COMPACT), loss), expected) > 0.99
 
     def test_bfloat16(self) -> None:
         model, ids = llama().bfloat16(), tokens()
@@ -463,7 +463,7 @@ class TestTraining:
         model.eval()
         logits = model(input_ids=ids).logits
         assert not any(True for block in model.model.layers for _ in block.razor_stack.streams)
-        assert torch.equal(logits, model.unload()(input_ids=ids).logits)
+        assert torch.equal(logits, model.remove_razor()(input_ids=ids).logits)
 
     def test_frozen_blocks_keep_nothing(self) -> None:
         model, ids = llama(), tokens()
@@ -482,7 +482,6 @@ class TestTraining:
         expected = gradients(model, language_loss(model, ids))
         get_razor_model(model, EXACT)
         assert_close(gradients(model, language_loss(model, ids)), expected)
-        # `unload` of a PEFT model takes the adapters off.
         compact = get_peft_model(llama(), lora)
         compact.load_state_dict(model.state_dict())
         get_razor_model(compact, COMPACT)
@@ -501,7 +500,7 @@ class TestTraining:
         expected = gradients(model, lambda: run(model.model.embed_tokens(ids)))
         get_razor_model(model, EXACT)
         assert_close(gradients(model, around), expected)
-        get_razor_model(model.unload(), COMPACT)
+        get_razor_model(model.remove_razor(), COMPACT)
         assert cosine(gradients(model, around), expected) > 0.99
 
 
@@ -600,7 +599,7 @@ class TestWhatUsersDo:
             model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
             Trainer(model, arguments, train_dataset=rows).train()
             assert len(runs) == 4  # twice a step
-            weights[checkpointing] = copy.deepcopy(model.unload().state_dict())
+            weights[checkpointing] = copy.deepcopy(model.remove_razor().state_dict())
         for name, weight in weights[False].items():
             assert torch.equal(weight, weights[True][name])
 
@@ -613,7 +612,7 @@ class TestWhatUsersDo:
         model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
         language_loss(model, ids)().backward()
         assert len(runs) == 2
-        assert model.unload().model.layers[0].gradient_checkpointing
+        assert model.remove_razor().model.layers[0].gradient_checkpointing
 
     def test_a_cache_is_not_filled_twice(self) -> None:
         model, ids = llama(use_cache=True), tokens()
@@ -661,7 +660,7 @@ class TestWhatUsersDo:
         assert kinds["model.layers.0.mlp.up_proj"] == "linear"
         assert "model.layers.2.mlp.up_proj" not in kinds
         razor = gradients(model, language_loss(model, ids))
-        assert cosine(razor, gradients(model.unload(), language_loss(model, ids))) > 0.98
+        assert cosine(razor, gradients(model.remove_razor(), language_loss(model, ids))) > 0.98
 
     def test_bits_by_layer(self) -> None:
         config = RazorConfig.preset("compact", overrides={r"layers\.[01]": {"stream_bits": 8}})
@@ -681,7 +680,7 @@ class TestWhatUsersDo:
             get_razor_model(model, COMPACT)
         assert cosine(gradients(model, language_loss(model, ids)), expected) > 0.99
         assert "model.layers.1" in measure_saved_bytes(model, input_ids=ids, labels=ids).by_module
-        model.unload()
+        model.remove_razor()
         for module in model.modules():
             remove_hook_from_module(module)
         assert_close(gradients(model, language_loss(model, ids)), expected)

@@ -564,7 +564,7 @@ def test_copies(name: str, way: str, when: str) -> None:
     assert all(torch.equal(gradients[key], expected[key]) for key in expected)
 
     plain_type = ARCHITECTURES[name][0]
-    assert type(copied.unload()) is plain_type
+    assert type(copied.remove_razor()) is plain_type
     assert not any(isinstance(module, RazorModule) for module in copied.modules())
     assert isinstance(model, RazorModel)
     assert sum(isinstance(module, RazorModule) for module in model.modules()) > 10
@@ -601,7 +601,7 @@ def test_half_precision_weights(name: str, dtype: torch.dtype, cast_first: bool)
         assert logits.dtype == dtype
         assert torch.equal(logits, expected_logits)
         assert cosine(gradients, expected) > fidelity
-        razor.unload()
+        razor.remove_razor()
 
 
 @pytest.mark.parametrize("preset", ["lossless", "paper", "balanced", "fast"])

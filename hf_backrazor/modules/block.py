@@ -8,6 +8,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
+from types import MethodType
 from typing import Any
 from weakref import WeakSet, ref
 
@@ -17,6 +18,7 @@ from torch._subclasses.fake_tensor import is_fake
 from transformers.utils import logging
 
 from ..config import RazorConfig
+from ..extension import can_extend
 from ..functional.checkpoint import packed_checkpoint
 from ..functional.sharing import origin_of, pack_shared
 from ..functional.stream import StoredInput, Stream
@@ -108,13 +110,16 @@ class RazorBlock(RazorModule):
     @classmethod
     def install(cls, module: nn.Module, config: RazorConfig) -> None:
         """See `RazorModule.install`."""
+        # Put there by Accelerate, which moves inputs and weights to where they belong: part of what is computed again.
+        hooked = module.__dict__.pop("forward", None)
         super().install(module, config)
+        module.razor_instance_forward = hooked
+        if hooked is not None and "_old_forward" in module.__dict__:
+            module._old_forward = MethodType(module.plain_class.forward, module)
         module.razor_stack, module.razor_index = Stack(1), 0
         module.razor_follows = module.razor_changing = None
         names = (name for name, _ in module.named_modules())
         module.razor_experts = tuple(name for name in names if name.rpartition(".")[2] == "experts")
-        # Put there by Accelerate, which moves inputs and weights to where they belong: part of what is computed again.
-        module.razor_instance_forward = module.__dict__.pop("forward", None)
 
     def clear(self) -> None:
         """See `RazorModule.clear`."""
@@ -257,6 +262,11 @@ def find_blocks(model: nn.Module, config: RazorConfig) -> dict[str, nn.Module]:
             f'recompute="blocks": this {type(model).__name__} has no blocks of Transformers\' '
             "(GradientCheckpointingLayer) that are not excluded; name those to compute again by `recompute_modules`: "
             "by their class or their own names"
+        )
+    if fixed := [name for name, module in found.items() if not can_extend(module, RazorBlock)]:
+        raise ValueError(
+            f"{fixed[0]} ({type(found[fixed[0]]).__name__}) cannot be extended: expected nn.Module before classes such "
+            "as ABC or Generic among the bases of its class"
         )
     return found
 

@@ -187,7 +187,7 @@ class Program:
             f"    x = draw(){'.requires_grad_()' if self.needs_grad else ''}\n"
             f"    torch.manual_seed({self.seed + 1})\n"
             f"    {self.procedure}(model, x, compute, lambda name, tensor: None)\n"
-            + ("    # ... and then model.unload(), and once more\n" if self.unload else "")
+            + ("    # ... and then model.remove_razor(), and once more\n" if self.unload else "")
             + "    return {'x': x.grad, **{name: p.grad for name, p in model.named_parameters()}}\n\n\n"
             "dense, razor = run(False), run(True)\n"
             "for name in dense:\n    if dense[name] is not None:\n"

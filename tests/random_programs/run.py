@@ -105,8 +105,8 @@ def _execute(
         with saving():
             PROCEDURES[program.procedure](model, x, code.compute, record)
             if program.unload:
-                if apply is not None and hasattr(model, "unload"):
-                    model.unload()
+                if apply is not None and hasattr(model, "remove_razor"):
+                    model.remove_razor()
                 # After a step of the optimizer, what follows depends on gradients.
                 stepped = "gradient after unloading: " * (program.procedure == "two_steps")
                 code.compute(model, x, lambda name, value: record(stepped + name, value)).backward()
