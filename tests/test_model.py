@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import copy
+import pickle
 import subprocess
 import sys
 import warnings
@@ -171,6 +172,20 @@ def test_what_is_added_takes_no_name_that_a_plain_module_would_be_asked_for() ->
     model = get_razor_model(nn.Sequential(nn.Linear(8, 8)))
     for name in ("save_pretrained", "push_to_hub", "create_or_update_model_card", "unload"):
         assert not hasattr(model, name)
+
+
+def test_a_layer_that_is_replaced_later_is_prepared_by_train() -> None:
+    model, batch = make("bert")
+    model = get_razor_model(model)
+    model.classifier = nn.Linear(model.classifier.in_features, model.classifier.out_features)
+    assert not isinstance(model.classifier, RazorLinear)
+    model.eval()
+    assert not isinstance(model.classifier, RazorLinear)
+    for trained in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+        assert isinstance(trained.train().classifier, RazorLinear)
+        assert trained.classifier.razor_config == model.razor_config
+        trained(**batch).loss.backward()
+    assert not isinstance(model.remove_razor().train().classifier, RazorLinear)
 
 
 @pytest.mark.parametrize("attribute", ["model", "reward_model"])

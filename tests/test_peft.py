@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from hf_backrazor import RazorConfig, RazorModel, get_razor_model
+from hf_backrazor import RazorConfig, RazorModel, get_razor_model, measure_saved_bytes
 from hf_backrazor.config import RAZOR_CONFIG_NAME
 from hf_backrazor.functional.scaling import scaling
 from hf_backrazor.modules import RazorInline, RazorLinear, RazorLMHead, RazorModule
@@ -185,6 +185,22 @@ def test_without_dropout_adapters_share_one_copy_of_an_input() -> None:
     assert saved("mlp.up_proj") == 0
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_autocast_leaves_no_copy_of_a_frozen_weight(name: str) -> None:
+    model, batch = make(name)
+    adapted = with_adapter(model, name)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = step(adapted, batch)
+        get_razor_model(adapted, RazorConfig.preset("lossless"))
+        found = step(adapted, batch)
+        rows = adapted.memory_report(**batch).modules
+    assert torch.equal(found[1], expected[1])
+    assert cosine(found[2], expected[2]) > 0.9999
+    of_bases = [row for row in rows if row.name.endswith("base_layer")]
+    assert sum(row.dense_bytes for row in of_bases) > 0
+    assert sum(row.razor_bytes for row in of_bases) == 0
+
+
 @pytest.mark.parametrize("method", ["dora", "ia3"])
 def test_what_a_trained_vector_is_multiplied_with_is_packed(method: str) -> None:
     model, batch = make("vit")
@@ -218,6 +234,48 @@ def test_razor_then_adapter(method: str, name: str) -> None:
     assert base_layers
     assert all(isinstance(module, RazorModule) for module in base_layers)
     assert_same_step(adapted, plain, batch)
+
+
+@pytest.mark.parametrize("preset", ["balanced", "compact"])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("method", METHODS)
+def test_adapters_that_come_later_are_packed_as_those_that_were_there(method: str, name: str, preset: str) -> None:
+    model, batch = make(name)
+    config = RazorConfig.preset(preset)
+    torch.manual_seed(1)
+    before = get_razor_model(with_adapter(copy.deepcopy(model), name, method), config)
+    torch.manual_seed(1)
+    after = with_adapter(get_razor_model(model, config), name, method)
+    after.train()
+    kinds = {key: type(module).__name__ for key, module in before.base_model.named_modules()}
+    assert {key: type(module).__name__ for key, module in after.base_model.named_modules()} == kinds
+    assert measure_saved_bytes(after, **batch).total == measure_saved_bytes(before, **batch).total
+
+
+def test_adapters_come_and_go() -> None:
+    # Transformers' own way, without a PeftModel around the model.
+    model, batch = make("llama")
+    config = RazorConfig.preset("lossless", overrides={r".*\.(lora_A\..*|q_proj)": {"sparsity": 0.98}})
+    plain_logits = logits(model, batch)
+    razor = get_razor_model(model, config)
+    razor.add_adapter(adapter_config("lora", "llama"), "first")
+    razor.train()
+    assert {module.razor_config.sparsity for key, module in razor.razor_modules() if ".lora_A." in key} == {0.98}
+    razor.add_adapter(adapter_config("lora", "llama", target_modules=["o_proj"]), "second")
+    razor.train()
+    assert len([key for key, _ in razor.razor_modules() if key.endswith("lora_A.second")]) == 2
+    razor.delete_adapter(["first", "second"])
+    assert torch.equal(logits(razor, batch), plain_logits)
+    razor.train()
+    plain = razor.remove_razor()
+    assert not any(isinstance(module, (RazorModule, RazorModel)) for module in plain.modules())
+
+
+def test_adapters_that_are_not_targeted_stay_plain() -> None:
+    model, _ = make("llama")
+    razor = with_adapter(get_razor_model(model, RazorConfig(exclude_modules=r".*\.lora_[AB]\..*")), "llama")
+    razor.train()
+    assert not any(isinstance(module, RazorModule) for key, module in razor.named_modules() if ".lora_A." in key)
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])

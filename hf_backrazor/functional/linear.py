@@ -21,7 +21,7 @@ def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    spec: PackSpec,
+    spec: PackSpec | None,
     transposed: bool = False,
     weight_gradient: str = "dense",
 ) -> Tensor:
@@ -34,7 +34,8 @@ def linear(
         x: `(..., in_features)`, float; under autocast the copy is packed in autocast's dtype.
         weight: `(out_features, in_features)`, or `(in_features, out_features)` if `transposed`.
         bias: `(out_features,)` or None; required if `transposed`.
-        spec: how `x` is packed, where no other operator's copy serves (see `pack_shared`).
+        spec: how `x` is packed, where no other operator's copy serves (see `pack_shared`). None: not at all, as the
+            weight is frozen.
         transposed: compute as Transformers' `Conv1D` does.
         weight_gradient: `"dense"`, from unpacked floats; or `"int8"`, from the codes as integers and dY rounded to 8
             bits at random (drawing a seed from torch's CPU generator in backward), where `x` is coded in a way that
@@ -43,7 +44,7 @@ def linear(
     Returns:
         `(..., out_features)`, bit-equal to the dense operator's.
     """
-    packed = pack_shared(x, spec, compute_dtype(x))
+    packed = None if spec is None else pack_shared(x, spec, compute_dtype(x))
     return _Linear.apply(x, weight, bias, packed, transposed, weight_gradient == "int8")
 
 
@@ -54,17 +55,17 @@ class _Linear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        packed: Packed,
+        packed: Packed | None,
         transposed: bool,
         integers: bool,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.layout = packed.layout
+        ctx.layout = None if packed is None else packed.layout
         ctx.integers = integers
         ctx.transposed = transposed
         ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(weight, *saved_parts(x, packed))
+        ctx.save_for_backward(weight, *(() if packed is None else saved_parts(x, packed)))
         if transposed:
             y = torch.addmm(bias, x.view(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[-1])
         else:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ..functional import linear
+from ..functional.precision import compute_dtype
 from .base import RazorModule, describe, input_spec, linear_spec
 
 
@@ -33,11 +35,21 @@ class RazorLinear(RazorModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """As the plain module; saves `input` packed where the weight is being trained."""
-        if not self.razor_active(parameters=("weight",)) or not self.worth_packing(input):
-            return super().forward(input)
         config = self.razor_config
-        spec = linear_spec(config, input)
-        return linear(input, self.weight, self.bias, spec, self.transposed, config.weight_gradient)
+        if self.razor_active(parameters=("weight",)) and self.worth_packing(input):
+            spec = linear_spec(config, input)
+            return linear(input, self.weight, self.bias, spec, self.transposed, config.weight_gradient)
+        if self._casts_frozen_weight(input):
+            return linear(input, self.weight, self.bias, None, self.transposed)
+        return super().forward(input)
+
+    def _casts_frozen_weight(self, input: Tensor) -> bool:
+        """Whether autograd would save a frozen weight as autocast casts it: half of the model once more, under LoRA."""
+        if self.is_parametrized() or self.weight.requires_grad or not self.razor_active(input):
+            return False
+        # Quantised weights are tensors of other classes, and have a way of their own to multiply.
+        plain = type(self.weight) in (Tensor, nn.Parameter) and input.is_floating_point()
+        return plain and self.weight.dtype not in (compute_dtype(input), torch.float64)
 
     def razor_repr(self) -> str:
         """See `RazorModule.razor_repr`."""

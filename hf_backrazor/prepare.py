@@ -1,0 +1,157 @@
+"""Which modules of a model get which operator, and their installing: all of them or none."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .config import RazorConfig
+from .extension import can_extend, restore, runs_its_class
+from .modules import OPERATORS, RazorBlock, RazorInline, RazorLMHead, RazorModule, RazorOutermost, stack_blocks
+from .targets import matches_target
+
+
+@dataclass
+class Choice:
+    """What becomes of a model's modules.
+
+    Attributes:
+        operators: name -> a module, and the operator that stands in for it.
+        blocks: name -> a module that is computed again as a whole.
+        dense: why modules that look like razor's business are left -> their names.
+    """
+
+    operators: dict[str, tuple[nn.Module, type[RazorModule]]] = field(default_factory=dict)
+    blocks: dict[str, nn.Module] = field(default_factory=dict)
+    dense: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def keep_targets(self, config: RazorConfig) -> None:
+        """Leave out operators of modules that the configuration does not target."""
+        self.operators = {name: each for name, each in self.operators.items() if matches_target(config, name)}
+
+    def warn(self, stacklevel: int) -> None:
+        """Name the modules that are left dense."""
+        for reason, names in self.dense.items():
+            warnings.warn(f"saved dense, as {reason}: {_enumerate(names)}", stacklevel=stacklevel + 1)
+
+    def install(self, config: RazorConfig) -> None:
+        """Extend the modules. If that fails, or is interrupted, they all are what they were."""
+        every = {**self.operators, **{name: (block, RazorBlock) for name, block in self.blocks.items()}}
+        try:
+            for name, (module, operator) in every.items():
+                operator.install(module, config.resolve(name))
+            stack_blocks(self.blocks)
+        except BaseException:
+            remove_operators(module for module, _ in every.values())
+            raise
+
+
+def choose_operators(
+    model: nn.Module,
+    config: RazorConfig,
+    blocks: Mapping[str, nn.Module] | None = None,
+    outermost: Iterable[nn.Module] = (),
+) -> Choice:
+    """Choose operators for the modules of `model` that have none yet, whether the configuration targets them or not.
+
+    Args:
+        model: the model.
+        config: its settings.
+        blocks: modules that are computed again as a whole, by their names; what is inside of them is left.
+        outermost: the model itself, and the one that PEFT has wrapped in it.
+    """
+    choice = Choice(blocks=dict(blocks or {}))
+    heads, outermost = _heads(model), list(outermost)
+    present = [module for module in model.modules() if isinstance(module, RazorBlock)]
+    within = {id(inner) for block in (*choice.blocks.values(), *present) for inner in block.modules()}
+    for name, module in model.named_modules():
+        if id(module) in within or isinstance(module, RazorModule):
+            continue
+        operator = next((operator for operator in OPERATORS if operator.handles(module)), None)
+        if module in heads and RazorLMHead.handles(module):
+            operator = RazorLMHead
+        if operator is RazorInline and module in outermost:
+            operator = RazorOutermost
+        elif operator is not None and not name:
+            choice.dense["its forward is that of the model itself"].append(type(module).__name__)
+            continue
+        if operator is not None and not runs_its_class(module):
+            choice.dense["its forward was replaced on the instance"].append(name)
+        elif operator is not None and not can_extend(module, operator):
+            choice.dense["a class such as ABC or Generic comes first among the bases of its class"].append(name)
+        elif operator is not None:
+            choice.operators[name] = (module, operator)
+        elif matches_target(config, name):
+            for reason in filter(None, (operator.cannot_handle(module) for operator in OPERATORS)):
+                choice.dense[reason].append(name)
+    return choice
+
+
+def remove_operators(modules: Iterable[nn.Module]) -> None:
+    """Turn modules back into what they were, weights as they are now."""
+    for module in modules:
+        if isinstance(module, RazorModule):
+            module.clear()
+            restore(module, RazorModule)
+
+
+def take_copies(model: nn.Module) -> None:
+    """Give `model` copies of modules that belong to no model.
+
+    All models of some architectures hold one object, `transformers.activations.gelu`: preparing that would change them
+    all.
+    """
+    common = _common_modules(model)
+    copies: dict[nn.Module, nn.Module] = {}
+    for owner in list(model.modules()):
+        for name, child in owner._modules.items():
+            if child in common:
+                owner._modules[name] = copies.setdefault(child, copy.deepcopy(child))
+
+
+def _common_modules(model: nn.Module) -> set[nn.Module]:
+    """Modules without state that Python modules and signatures hold, where the classes of `model` were written.
+
+    Not those of the script that runs: what is made there is its author's to share.
+    """
+    classes = {cls for module in model.modules() for cls in type(module).__mro__}
+    held: list[Any] = []
+    for source in {cls.__module__ for cls in classes} - {"__main__"}:
+        held += vars(sys.modules[source]).values() if source in sys.modules else ()
+    for cls in classes:
+        if inspect.isfunction(cls.__init__):
+            held += cls.__init__.__defaults__ or ()
+            held += (cls.__init__.__kwdefaults__ or {}).values()
+    for collection in [each for each in held if type(each) in (dict, list, tuple)]:
+        held += collection.values() if isinstance(collection, dict) else collection
+    inside = {module for module in model.modules() if _has_no_state(module)}
+    return {each for each in held if isinstance(each, nn.Module) and each in inside and each is not model}
+
+
+def _has_no_state(module: nn.Module) -> bool:
+    return not any(True for held in (module.parameters(), module.buffers(), module.children()) for _ in held)
+
+
+def _heads(model: nn.Module) -> set[nn.Module | None]:
+    """The layers that give a language model's logits, also of one inside of another module (a reward, a Lightning
+    module)."""
+    heads: set[nn.Module | None] = set()
+    for module in model.modules():
+        head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+        # In PEFT's `modules_to_save` each adapter has a copy, beside the original.
+        copies = getattr(head, "modules_to_save", None)
+        heads |= {head} if copies is None else {head.original_module, *copies.values()}
+    return heads
+
+
+def _enumerate(names: list[str], limit: int = 5) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -1,0 +1,204 @@
+"""TRL's trainers with a razor model: as they come, with the losses and metrics of dense training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("trl")
+
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+from hf_backrazor import RazorConfig, get_razor_model
+from hf_backrazor.modules import RazorModule
+
+WORDS = [f"{letter}{number}" for letter in "abcdefgh" for number in range(30)]
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "user", "assistant"]
+# With the marks that `assistant_only_loss` asks for.
+TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}{{ 'assistant ' }}{% generation %}"
+    "{{ message.content + ' </s>' }}{% endgeneration %}{% else %}{{ 'user ' + message.content + ' ' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {word: index for index, word in enumerate(SPECIAL + WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE, **special)
+
+
+def sentence(seed: int, length: int) -> str:
+    picked = torch.randint(len(WORDS), (length,), generator=torch.Generator().manual_seed(seed))
+    return " ".join(WORDS[index] for index in picked)
+
+
+def said(seed: int, role: str, length: int) -> list[dict[str, str]]:
+    return [{"role": role, "content": sentence(seed, length)}]
+
+
+def talks() -> Dataset:
+    rows = [said(seed, "user", 4 + seed % 5) + said(seed + 99, "assistant", 9 + seed % 7) for seed in range(32)]
+    return Dataset.from_dict({"messages": rows})
+
+
+def preferences() -> Dataset:
+    rows = [
+        {
+            "prompt": said(seed, "user", 4 + seed % 5),
+            "chosen": said(seed + 99, "assistant", 9 + seed % 7),
+            "rejected": said(seed + 999, "assistant", 9 + seed % 3),
+        }
+        for seed in range(32)
+    ]
+    return Dataset.from_list(rows)
+
+
+def llama(cls: type[nn.Module] = LlamaForCausalLM) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tokens = {"vocab_size": len(SPECIAL + WORDS), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return cls(LlamaConfig(**sizes, **tokens, num_hidden_layers=3, num_labels=1))
+
+
+LORA = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0)
+
+
+class Saved:
+    """Bytes that the forwards of a trainer's `compute_loss` leave for backward; the parameters aside."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.bytes: list[int] = []
+        self._plain = trainer.compute_loss
+        self._trainer = trainer
+        trainer.compute_loss = self
+
+    def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        kept: dict[int, int] = {}
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def pack(x: torch.Tensor) -> torch.Tensor:
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            result = self._plain(model, *args, **kwargs)
+        self.bytes.append(sum(kept.values()))
+        return result
+
+
+def train(make_trainer: Callable[..., Any], model: nn.Module, folder: Path, **settings: Any) -> tuple[Any, list, int]:
+    """The trainer, what it logged in each step, and what it saved in the last."""
+    common = {
+        "output_dir": str(folder), "max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1, "seed": 0,
+        "report_to": [], "save_strategy": "no", "use_cpu": True, "bf16": False, "learning_rate": 1e-3,
+        "disable_tqdm": True, "dataloader_pin_memory": False,
+    }  # fmt: skip
+    trainer = make_trainer(model, {**common, **settings})
+    saved = Saved(trainer)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    numbers = [
+        {name: value for name, value in entry.items() if isinstance(value, float) and "runtime" not in name}
+        for entry in logged
+    ]
+    return trainer, numbers, saved.bytes[-1]
+
+
+def assert_same_log(found: list[dict], expected: list[dict], tolerance: float) -> None:
+    assert len(found) == len(expected) == 3
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=tolerance, abs=tolerance)
+
+
+SFT = {
+    "as it comes": {},
+    "without checkpointing": {"gradient_checkpointing": False},
+    "packed": {"gradient_checkpointing": False, "packing": True, "max_length": 64},
+    "assistant only": {"gradient_checkpointing": False, "assistant_only_loss": True},
+    "dft": {"gradient_checkpointing": False, "loss_type": "dft"},
+    "bfloat16": {"gradient_checkpointing": False, "bf16": True},
+}
+
+
+@pytest.mark.parametrize("adapters", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("name", SFT)
+def test_sft(name: str, adapters: LoraConfig | None, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    def make(model: nn.Module, settings: dict[str, Any]) -> SFTTrainer:
+        arguments = SFTConfig(**settings)
+        data = {"train_dataset": talks(), "processing_class": tokenizer, "peft_config": adapters}
+        return SFTTrainer(model=model, args=arguments, **data)
+
+    _, expected, dense = train(make, llama(), tmp_path, **SFT[name])
+    assert {"loss", "grad_norm", "entropy", "mean_token_accuracy"} <= set(expected[0])
+    _, exact, _ = train(make, get_razor_model(llama(), RazorConfig.preset("lossless")), tmp_path, **SFT[name])
+    assert_same_log(exact, expected, 2e-2 if name == "bfloat16" else 1e-4)
+    trainer, found, razor = train(make, get_razor_model(llama()), tmp_path, **SFT[name])
+    assert_same_log([{"loss": entry["loss"]} for entry in found], [{"loss": e["loss"]} for e in expected], 1e-2)
+    if adapters is not None:
+        # They came after the razor.
+        assert isinstance(
+            trainer.model.get_submodule("base_model.model.model.layers.0.mlp.up_proj.lora_A.default"), RazorModule
+        )
+    if name != "as it comes":  # with checkpointing, little is saved in any case
+        assert razor * 4 < dense
+
+
+@pytest.mark.parametrize("adapters", [None, LORA], ids=["full", "lora"])
+def test_packed_checkpoints_take_over_what_sft_turns_on(
+    adapters: LoraConfig | None, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    def make(model: nn.Module, settings: dict[str, Any]) -> SFTTrainer:
+        arguments = SFTConfig(**settings)
+        data = {"train_dataset": talks(), "processing_class": tokenizer, "peft_config": adapters}
+        return SFTTrainer(model=model, args=arguments, **data)
+
+    _, expected, checkpointing = train(make, llama(), tmp_path)
+    _, found, compact = train(make, get_razor_model(llama(), RazorConfig.preset("compact")), tmp_path)
+    assert_same_log([{"loss": entry["loss"]} for entry in found], [{"loss": e["loss"]} for e in expected], 1e-2)
+    assert compact * 1.5 < checkpointing
+
+
+@pytest.mark.parametrize("adapters", [None, LORA], ids=["full", "lora"])
+def test_dpo(adapters: LoraConfig | None, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    def make(model: nn.Module, settings: dict[str, Any]) -> DPOTrainer:
+        arguments = DPOConfig(**settings, gradient_checkpointing=False)
+        reference = llama() if adapters is None else None  # with adapters, the model without them
+        data = {"train_dataset": preferences(), "processing_class": tokenizer, "peft_config": adapters}
+        return DPOTrainer(model=model, ref_model=reference, args=arguments, **data)
+
+    _, expected, dense = train(make, llama(), tmp_path)
+    _, exact, _ = train(make, get_razor_model(llama(), RazorConfig.preset("lossless")), tmp_path)
+    assert_same_log(exact, expected, 1e-4)
+    _, found, razor = train(make, get_razor_model(llama()), tmp_path)
+    assert_same_log([{"loss": entry["loss"]} for entry in found], [{"loss": e["loss"]} for e in expected], 2e-2)
+    assert razor * 2 < dense
+
+
+@pytest.mark.parametrize("adapters", [None, LORA], ids=["full", "lora"])
+def test_reward(adapters: LoraConfig | None, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    def make(model: nn.Module, settings: dict[str, Any]) -> RewardTrainer:
+        arguments = RewardConfig(**settings, gradient_checkpointing=False)
+        data = {"train_dataset": preferences(), "processing_class": tokenizer, "peft_config": adapters}
+        return RewardTrainer(model=model, args=arguments, **data)
+
+    _, expected, dense = train(make, llama(LlamaForSequenceClassification), tmp_path)
+    plain = llama(LlamaForSequenceClassification)
+    _, exact, _ = train(make, get_razor_model(plain, RazorConfig.preset("lossless")), tmp_path)
+    assert_same_log(exact, expected, 1e-3)
+    _, _, razor = train(make, get_razor_model(llama(LlamaForSequenceClassification)), tmp_path)
+    assert razor * 4 < dense
