@@ -199,5 +199,5 @@ def get_razor_model(model: Model, config: RazorConfig | None = None) -> Model:
 
 
 def _kinds(model: nn.Module) -> int:
-    """Another number where modules of other classes came into the model."""
-    return hash(tuple(map(type, model.modules())))
+    """Another number where modules of other classes came into the model, or got a forward of their own."""
+    return hash(tuple((type(module), "forward" in module.__dict__) for module in model.modules()))

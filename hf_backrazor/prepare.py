@@ -73,7 +73,9 @@ def choose_operators(
     present = [module for module in model.modules() if isinstance(module, RazorBlock)]
     within = {id(inner) for block in (*choice.blocks.values(), *present) for inner in block.modules()}
     for name, module in model.named_modules():
-        if id(module) in within or isinstance(module, RazorModule):
+        if isinstance(module, RazorModule) and not runs_its_class(module):
+            choice.dense["its forward was replaced on the instance"].append(name)
+        if isinstance(module, RazorModule) or id(module) in within:
             continue
         operator = next((operator for operator in OPERATORS if operator.handles(module)), None)
         if module in heads and RazorLMHead.handles(module):

@@ -188,6 +188,19 @@ def test_a_layer_that_is_replaced_later_is_prepared_by_train() -> None:
     assert not isinstance(model.remove_razor().train().classifier, RazorLinear)
 
 
+def test_a_forward_that_somebody_sets_later_is_named_by_train() -> None:
+    # As kernels do that are patched into a model, such as Liger's.
+    model, _ = make("llama")
+    model = get_razor_model(model)
+    norm = model.model.layers[0].input_layernorm
+    norm.forward = lambda x: x
+    with pytest.warns(UserWarning, match=r"replaced on the instance: model\.layers\.0\.input_layernorm$"):
+        model.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.train()  # said once
+
+
 @pytest.mark.parametrize("attribute", ["model", "reward_model"])
 def test_a_language_model_inside_of_a_module_saves_what_it_saves_by_itself(attribute: str) -> None:
     class Holder(nn.Module):

@@ -16,7 +16,16 @@ from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 from hf_backrazor import RazorConfig, get_razor_model
 from hf_backrazor.modules import RazorModule
@@ -113,7 +122,7 @@ def train(make_trainer: Callable[..., Any], model: nn.Module, folder: Path, **se
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     numbers = [
-        {name: value for name, value in entry.items() if isinstance(value, float) and "runtime" not in name}
+        {name: value for name, value in entry.items() if isinstance(value, float) and "time" not in name}
         for entry in logged
     ]
     return trainer, numbers, saved.bytes[-1]
@@ -202,3 +211,22 @@ def test_reward(adapters: LoraConfig | None, tokenizer: PreTrainedTokenizerFast,
     assert_same_log(exact, expected, 1e-3)
     _, _, razor = train(make, get_razor_model(llama(LlamaForSequenceClassification)), tmp_path)
     assert razor * 4 < dense
+
+
+@pytest.mark.parametrize("adapters", [None, LORA], ids=["full", "lora"])
+def test_grpo(adapters: LoraConfig | None, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    def reward(completions: list, **others: Any) -> list[float]:
+        return [float(sum(map(ord, completion[0]["content"])) % 5) for completion in completions]
+
+    def make(model: nn.Module, settings: dict[str, Any]) -> GRPOTrainer:
+        lengths = {"num_generations": 4, "max_completion_length": 12}
+        arguments = GRPOConfig(**settings, **lengths, gradient_checkpointing=False)
+        data = {"train_dataset": preferences().select_columns(["prompt"]), "processing_class": tokenizer}
+        return GRPOTrainer(model=model, args=arguments, reward_funcs=reward, peft_config=adapters, **data)
+
+    _, expected, dense = train(make, llama(), tmp_path)
+    assert all(entry["grad_norm"] > 0 for entry in expected)
+    _, exact, _ = train(make, get_razor_model(llama(), RazorConfig.preset("lossless")), tmp_path)
+    assert_same_log(exact, expected, 1e-3)
+    _, _, razor = train(make, get_razor_model(llama()), tmp_path)
+    assert razor * 2 < dense
