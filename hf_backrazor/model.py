@@ -54,6 +54,7 @@ class RazorModel(Extension, _Module):
         super().train(mode)
         # Looking takes a quarter of the time that `train` takes itself.
         if mode and "_razor_kinds" in self.__dict__ and self._razor_kinds != _kinds(self):
+            take_copies(self)
             choice = choose_operators(self, self.razor_config)
             choice.keep_targets(self.razor_config)
             choice.warn(stacklevel=2)
