@@ -35,7 +35,7 @@ from hf_backrazor.functional.activation import (
     cell_tables,
     leaky_relu,
 )
-from hf_backrazor.functional.sharing import origin_of, pack_shared
+from hf_backrazor.functional.sharing import note_cast, origin_of, pack_shared
 from hf_backrazor.packing import PackSpec, decode_cells, encode_cells
 from hf_backrazor.packing.layout import SLICE_NUMEL, UNPACK_NUMEL
 
@@ -48,6 +48,26 @@ SHAPES = [(5,), (3, 5), (2, 3, 5), (2, 2, 3, 5)]
 
 def double(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def test_casts_of_a_tensor_share_its_copy_while_it_is_what_it_was() -> None:
+    x = torch.randn(4, 32, dtype=torch.bfloat16, requires_grad=True) * 2
+    casts = [x.float() for _ in range(2)]
+    narrow = x.float().half()
+    for cast in (*casts, narrow):
+        note_cast(cast, x)
+    shared = pack_shared(x, CODED)
+    assert all(pack_shared(cast, CODED) is shared for cast in casts)
+    wide, own = (shared.layout.unpack(shared.parts, dtype) for dtype in (torch.float32, None))
+    assert torch.equal(wide.bfloat16(), own)
+    # float16 does not hold all values of bfloat16; and what is stored as it is, is stored in its own dtype.
+    assert pack_shared(narrow, CODED) is not shared
+    assert pack_shared(casts[0], LOSSLESS).parts[0].dtype == torch.float32
+    with torch.no_grad():
+        x.mul_(-1)
+    after = pack_shared(casts[0], CODED)
+    assert after is not shared
+    assert torch.nn.functional.cosine_similarity(after.layout.unpack(after.parts), casts[0], dim=-1).min() > 0
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

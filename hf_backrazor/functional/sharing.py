@@ -21,11 +21,13 @@ class _Entry:
         version: the tensor's when this was noted; a change in place makes it another tensor.
         origin: how the tensor is restored from what the operator saves that made it.
         copies: how consumers packed it so far.
+        cast_from: the tensor that this one is a wider copy of, and the version that it had.
     """
 
     version: int
     origin: Packed | None = None
     copies: dict[tuple[PackSpec, torch.dtype], Packed] = field(default_factory=dict)
+    cast_from: tuple[Tensor, int] | None = None
 
 
 # Keyed by the identity of the dense tensor and gone with it: an entry never outlives the tensor it was packed from, so
@@ -73,6 +75,14 @@ def note_affine(
     note_origin(y, Packed(kind(x_hat, gamma is not None, beta is not None), (*parts, *scales)))
 
 
+def note_cast(y: Tensor, x: Tensor) -> None:
+    """Let consumers of `y`, which is `x` in a dtype that holds all of its values, share the packed copies of `x`."""
+    entry = _entry(y)
+    if entry is not None and x.grad_fn is not None and torch.promote_types(x.dtype, y.dtype) == y.dtype:
+        entry.origin = origin_of(x)
+        entry.cast_from = x, x._version
+
+
 def origin_of(x: Tensor) -> Packed | None:
     """How `x` is restored from what the operator that made it saves; None if that is not known."""
     entry = _entries.get(x)
@@ -98,6 +108,10 @@ def pack_shared(x: Tensor, spec: PackSpec, dtype: torch.dtype | None = None) -> 
         # Products of torch save such an input as they lay it out, so that it may be changed later.
         rearranged = packed.layout.whole and x.dim() > 2 and not x.is_contiguous()
         return Packed(packed.layout, (packed.parts[0].clone(),)) if rearranged and x.dim() < 4 else packed
+    if spec.bits and entry.cast_from is not None:
+        source, version = entry.cast_from
+        if source._version == version:
+            return pack_shared(source, spec)
     key = (spec, dtype)
     if key not in entry.copies:
         dense = x.detach().to(dtype)

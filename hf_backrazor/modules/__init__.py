@@ -8,6 +8,7 @@ model itself (`RazorOutermost`), nor which modules are to be computed again (`Ra
 from __future__ import annotations
 
 from .activation import RazorActivation
+from .adapter import RazorAdapter
 from .attention import RazorAttention
 from .base import RazorModule
 from .batch_norm import RazorBatchNorm
@@ -38,11 +39,13 @@ OPERATORS: tuple[type[RazorModule], ...] = (
     RazorDropout,
     RazorAttention,
     RazorInline,
+    RazorAdapter,
 )
 
 __all__ = [
     "OPERATORS",
     "RazorActivation",
+    "RazorAdapter",
     "RazorAttention",
     "RazorAveragePool2d",
     "RazorBatchNorm",

@@ -1,0 +1,39 @@
+"""PEFT's adapter layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..functional.sharing import note_cast
+from .base import RazorModule
+
+
+class RazorAdapter(RazorModule):
+    """A layer of PEFT that casts its input for adapters of another dtype.
+
+    Adapters of a 16-bit model are in float32 by default, and q, k and v each cast the same tensor for theirs. What the
+    casts are of is noted, so that all of them share its packed copy. A layer of Llama 3 8B with LoRA on all linear
+    layers saves 95 MiB for it, and 149 otherwise (bfloat16, 1 x 4096 tokens, `balanced`).
+    """
+
+    kind = "adapter"
+    name_prefix = ""
+
+    @classmethod
+    def handles(cls, module: nn.Module) -> bool:
+        """See `RazorModule.handles`."""
+        return callable(getattr(type(module), "_cast_input_dtype", None))
+
+    def _cast_input_dtype(self, x: Any, dtype: torch.dtype) -> Any:
+        """As PEFT's."""
+        y = super()._cast_input_dtype(x, dtype)
+        if isinstance(x, Tensor) and y is not x and self.razor_active(x):
+            note_cast(y, x)
+        return y
+
+    def razor_repr(self) -> str:
+        """See `RazorModule.razor_repr`."""
+        return "razor=one copy for all casts of its input"
