@@ -273,18 +273,20 @@ def _send(kind: str, sender: Connection) -> None:
     sender.send(try_type(kind))
 
 
-def table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    yield "| type | class | dense, MiB | forward | gradients | balanced | compact | rest |"
-    yield "|---|---|---|---|---|---|---|---|"
-    for row in rows:
-        if "failed" in row:
-            continue
-        cells = [row["type"], row["class"], f"{row['dense_mib']:.1f}"]
-        cells += ["equal" if row.get("forward") else "**differs**", f"{row.get('gradients', float('nan')):.0e}"]
-        cells.append(f"{row['balanced']:.1f}" if "balanced" in row else "-")
-        cells.append(f"{row['compact']:.1f}" if row.get("compact") else "-")
-        cells.append(row.get("error") or row.get("rest", ""))
-        yield "| " + " | ".join(cells) + " |"
+HEADER = (
+    "| type | class | dense, MiB | forward | gradients | balanced | compact | rest |",
+    "|---|---|---|---|---|---|---|---|",
+)
+
+
+def line(row: dict[str, Any]) -> str:
+    """One line of the table."""
+    cells = [row["type"], row["class"], f"{row['dense_mib']:.1f}"]
+    cells += ["equal" if row.get("forward") else "**differs**", f"{row.get('gradients', float('nan')):.0e}"]
+    cells.append(f"{row['balanced']:.1f}" if "balanced" in row else "-")
+    cells.append(f"{row['compact']:.1f}" if row.get("compact") else "-")
+    cells.append(row.get("error") or row.get("rest", ""))
+    return "| " + " | ".join(cells) + " |"
 
 
 def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -314,12 +316,15 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
 
+    print(*HEADER, sep="\n", flush=True)
+    rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(args.jobs) as pool:
-        rows = list(pool.map(lambda kind: isolated(kind, args.seconds), args.types or sorted(CONFIG_MAPPING)))
-    print(*table(rows), *summary(rows), sep="\n")
-    for row in rows:
-        if "failed" in row:
-            print(f"- {row['type']}: {row['failed']}")
+        for row in pool.map(lambda kind: isolated(kind, args.seconds), args.types or sorted(CONFIG_MAPPING)):
+            rows.append(row)
+            if "failed" not in row:
+                print(line(row), flush=True)
+    print(*summary(rows), sep="\n")
+    print(*(f"- {row['type']}: {row['failed']}" for row in rows if "failed" in row), sep="\n")
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
