@@ -109,7 +109,13 @@ def save_comparison_plot(path: str | Path, *, title: str, runs: Mapping[str, Seq
             memory_panel.plot(range(1, len(above) + 1), above, label=variant, **style)
     loss_panel.set_ylabel("training loss")
     loss_panel.legend(loc="upper right", frameon=False)
-    memory_panel.set_ylabel("memory over that before training (MiB)")
+    memory_panel.set_ylabel("peak of each step (MiB)")
+    memory_panel.set_title(
+        "above what was there before training; gradients and the optimizer's state are in it",
+        fontsize=10,
+        color=QUIET,
+        loc="left",
+    )
     memory_panel.set_ylim(bottom=0)
     memory_panel.set_xlabel("optimizer step")
     _tidy(loss_panel, memory_panel)
