@@ -85,6 +85,15 @@ def llama(cls: type[nn.Module] = LlamaForCausalLM) -> nn.Module:
 LORA = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0)
 
 
+def trainers(trainer: type, arguments: type, data: Dataset, **others: Any) -> Callable[..., Any]:
+    """Makes a trainer of this kind for a model and settings."""
+
+    def make(model: nn.Module, settings: dict[str, Any]) -> Any:
+        return trainer(model=model, args=arguments(**settings), train_dataset=data, **others)
+
+    return make
+
+
 class Saved:
     """Bytes that the forwards of a trainer's `compute_loss` leave for backward; the parameters aside."""
 
@@ -134,30 +143,33 @@ def assert_same_log(found: list[dict], expected: list[dict], tolerance: float) -
         assert ours == pytest.approx(theirs, rel=tolerance, abs=tolerance)
 
 
+def losses(log: list[dict]) -> list[dict]:
+    return [{"loss": entry["loss"]} for entry in log]
+
+
+# TRL checkpoints activations unless told otherwise.
+DENSE = {"gradient_checkpointing": False}
+
 SFT = {
     "as it comes": {},
-    "without checkpointing": {"gradient_checkpointing": False},
-    "packed": {"gradient_checkpointing": False, "packing": True, "max_length": 64},
-    "assistant only": {"gradient_checkpointing": False, "assistant_only_loss": True},
-    "dft": {"gradient_checkpointing": False, "loss_type": "dft"},
-    "bfloat16": {"gradient_checkpointing": False, "bf16": True},
+    "without checkpointing": DENSE,
+    "packed": {**DENSE, "packing": True, "max_length": 64},
+    "assistant only": {**DENSE, "assistant_only_loss": True},
+    "dft": {**DENSE, "loss_type": "dft"},
+    "bfloat16": {**DENSE, "bf16": True},
 }
 
 
 @pytest.mark.parametrize("adapters", [None, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("name", SFT)
 def test_sft(name: str, adapters: LoraConfig | None, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    def make(model: nn.Module, settings: dict[str, Any]) -> SFTTrainer:
-        arguments = SFTConfig(**settings)
-        data = {"train_dataset": talks(), "processing_class": tokenizer, "peft_config": adapters}
-        return SFTTrainer(model=model, args=arguments, **data)
-
+    make = trainers(SFTTrainer, SFTConfig, talks(), processing_class=tokenizer, peft_config=adapters)
     _, expected, dense = train(make, llama(), tmp_path, **SFT[name])
     assert {"loss", "grad_norm", "entropy", "mean_token_accuracy"} <= set(expected[0])
     _, exact, _ = train(make, get_razor_model(llama(), RazorConfig.preset("lossless")), tmp_path, **SFT[name])
     assert_same_log(exact, expected, 2e-2 if name == "bfloat16" else 1e-4)
     trainer, found, razor = train(make, get_razor_model(llama()), tmp_path, **SFT[name])
-    assert_same_log([{"loss": entry["loss"]} for entry in found], [{"loss": e["loss"]} for e in expected], 1e-2)
+    assert_same_log(losses(found), losses(expected), 1e-2)
     if adapters is not None:
         # They came after the razor.
         assert isinstance(
@@ -171,45 +183,35 @@ def test_sft(name: str, adapters: LoraConfig | None, tokenizer: PreTrainedTokeni
 def test_packed_checkpoints_take_over_what_sft_turns_on(
     adapters: LoraConfig | None, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    def make(model: nn.Module, settings: dict[str, Any]) -> SFTTrainer:
-        arguments = SFTConfig(**settings)
-        data = {"train_dataset": talks(), "processing_class": tokenizer, "peft_config": adapters}
-        return SFTTrainer(model=model, args=arguments, **data)
-
+    make = trainers(SFTTrainer, SFTConfig, talks(), processing_class=tokenizer, peft_config=adapters)
     _, expected, checkpointing = train(make, llama(), tmp_path)
     _, found, compact = train(make, get_razor_model(llama(), RazorConfig.preset("compact")), tmp_path)
-    assert_same_log([{"loss": entry["loss"]} for entry in found], [{"loss": e["loss"]} for e in expected], 1e-2)
+    assert_same_log(losses(found), losses(expected), 1e-2)
     assert compact * 1.5 < checkpointing
 
 
 @pytest.mark.parametrize("adapters", [None, LORA], ids=["full", "lora"])
 def test_dpo(adapters: LoraConfig | None, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    def make(model: nn.Module, settings: dict[str, Any]) -> DPOTrainer:
-        arguments = DPOConfig(**settings, gradient_checkpointing=False)
-        reference = llama() if adapters is None else None  # with adapters, the model without them
-        data = {"train_dataset": preferences(), "processing_class": tokenizer, "peft_config": adapters}
-        return DPOTrainer(model=model, ref_model=reference, args=arguments, **data)
-
-    _, expected, dense = train(make, llama(), tmp_path)
-    _, exact, _ = train(make, get_razor_model(llama(), RazorConfig.preset("lossless")), tmp_path)
+    others = {"processing_class": tokenizer, "peft_config": adapters}
+    if adapters is None:  # with adapters, the model without them is the reference
+        others["ref_model"] = llama()
+    make = trainers(DPOTrainer, DPOConfig, preferences(), **others)
+    _, expected, dense = train(make, llama(), tmp_path, **DENSE)
+    _, exact, _ = train(make, get_razor_model(llama(), RazorConfig.preset("lossless")), tmp_path, **DENSE)
     assert_same_log(exact, expected, 1e-4)
-    _, found, razor = train(make, get_razor_model(llama()), tmp_path)
-    assert_same_log([{"loss": entry["loss"]} for entry in found], [{"loss": e["loss"]} for e in expected], 2e-2)
+    _, found, razor = train(make, get_razor_model(llama()), tmp_path, **DENSE)
+    assert_same_log(losses(found), losses(expected), 2e-2)
     assert razor * 2 < dense
 
 
 @pytest.mark.parametrize("adapters", [None, LORA], ids=["full", "lora"])
 def test_reward(adapters: LoraConfig | None, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    def make(model: nn.Module, settings: dict[str, Any]) -> RewardTrainer:
-        arguments = RewardConfig(**settings, gradient_checkpointing=False)
-        data = {"train_dataset": preferences(), "processing_class": tokenizer, "peft_config": adapters}
-        return RewardTrainer(model=model, args=arguments, **data)
-
-    _, expected, dense = train(make, llama(LlamaForSequenceClassification), tmp_path)
-    plain = llama(LlamaForSequenceClassification)
-    _, exact, _ = train(make, get_razor_model(plain, RazorConfig.preset("lossless")), tmp_path)
+    make = trainers(RewardTrainer, RewardConfig, preferences(), processing_class=tokenizer, peft_config=adapters)
+    plain, to_be_exact, to_be_packed = (llama(LlamaForSequenceClassification) for _ in range(3))
+    _, expected, dense = train(make, plain, tmp_path, **DENSE)
+    _, exact, _ = train(make, get_razor_model(to_be_exact, RazorConfig.preset("lossless")), tmp_path, **DENSE)
     assert_same_log(exact, expected, 1e-3)
-    _, _, razor = train(make, get_razor_model(llama(LlamaForSequenceClassification)), tmp_path)
+    _, _, razor = train(make, get_razor_model(to_be_packed), tmp_path, **DENSE)
     assert razor * 4 < dense
 
 
@@ -218,15 +220,12 @@ def test_grpo(adapters: LoraConfig | None, tokenizer: PreTrainedTokenizerFast, t
     def reward(completions: list, **others: Any) -> list[float]:
         return [float(sum(map(ord, completion[0]["content"])) % 5) for completion in completions]
 
-    def make(model: nn.Module, settings: dict[str, Any]) -> GRPOTrainer:
-        lengths = {"num_generations": 4, "max_completion_length": 12}
-        arguments = GRPOConfig(**settings, **lengths, gradient_checkpointing=False)
-        data = {"train_dataset": preferences().select_columns(["prompt"]), "processing_class": tokenizer}
-        return GRPOTrainer(model=model, args=arguments, reward_funcs=reward, peft_config=adapters, **data)
-
-    _, expected, dense = train(make, llama(), tmp_path)
+    others = {"processing_class": tokenizer, "peft_config": adapters, "reward_funcs": reward}
+    make = trainers(GRPOTrainer, GRPOConfig, preferences().select_columns(["prompt"]), **others)
+    settings = {**DENSE, "num_generations": 4, "max_completion_length": 12}
+    _, expected, dense = train(make, llama(), tmp_path, **settings)
     assert all(entry["grad_norm"] > 0 for entry in expected)
-    _, exact, _ = train(make, get_razor_model(llama(), RazorConfig.preset("lossless")), tmp_path)
+    _, exact, _ = train(make, get_razor_model(llama(), RazorConfig.preset("lossless")), tmp_path, **settings)
     assert_same_log(exact, expected, 1e-3)
-    _, _, razor = train(make, get_razor_model(llama()), tmp_path)
+    _, _, razor = train(make, get_razor_model(llama()), tmp_path, **settings)
     assert razor * 2 < dense
