@@ -13,6 +13,7 @@ from one_line_errors import stop
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PLOT = "training.png"
 WIDTH, HEIGHT, DPI = 8.0, 6.0, 120  # inches, inches, pixels an inch
@@ -45,14 +46,9 @@ def save_training_plot(folder: str, *, task: str, default_model: str, metrics: d
         default_model: what the recipe trains when no `--model` is named.
         metrics: what goes into `metrics.json`.
     """
-    # Here and not above: only this needs matplotlib. Not pyplot, which keeps figures and picks a window system.
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")
-    loss_panel, memory_panel = figure.subplots(2, 1, sharex=True)
-    # Names of models and folders are no formulas, whatever dollar signs they hold.
-    figure.suptitle(f"{task}: {run_settings(metrics['arguments'], default_model)}", fontsize=12, parse_math=False)
+    figure, loss_panel, memory_panel = _panels(f"{task}: {run_settings(metrics['arguments'], default_model)}")
 
     losses, steps = metrics["step_losses"], range(1, len(metrics["step_losses"]) + 1)
     window = round(SMOOTHED * len(losses))
@@ -80,7 +76,6 @@ def save_training_plot(folder: str, *, task: str, default_model: str, metrics: d
     memory_panel.set_title(_saved(metrics["saved_bytes"]), fontsize=10, color=QUIET, loc="left")
     memory_panel.xaxis.set_major_locator(MaxNLocator(integer=True))
 
-    _tidy(loss_panel, memory_panel)
     figure.savefig(Path(folder) / PLOT)
 
 
@@ -93,11 +88,7 @@ def save_comparison_plot(path: str | Path, *, title: str, runs: Mapping[str, Seq
         runs: the variants' names, and what `metrics.json` says of the runs of each, one for each seed. Losses are the
             seeds' mean.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")
-    loss_panel, memory_panel = figure.subplots(2, 1, sharex=True)
-    figure.suptitle(title, fontsize=12, parse_math=False)
+    figure, loss_panel, memory_panel = _panels(title)
     for index, (variant, seeds) in enumerate(runs.items()):
         style = {"color": f"C{index}", "linestyle": LINES[index % len(LINES)]}
         losses = [statistics.mean(step) for step in zip(*(run["step_losses"] for run in seeds), strict=True)]
@@ -118,15 +109,23 @@ def save_comparison_plot(path: str | Path, *, title: str, runs: Mapping[str, Seq
     )
     memory_panel.set_ylim(bottom=0)
     memory_panel.set_xlabel("optimizer step")
-    _tidy(loss_panel, memory_panel)
     figure.savefig(path)
 
 
-def _tidy(*panels: Axes) -> None:
-    for panel in panels:
+def _panels(title: str) -> tuple[Figure, Axes, Axes]:
+    """A figure with a panel for the loss and one for the memory below it."""
+    # Here and not above: only this needs matplotlib. Not pyplot, which keeps figures and picks a window system.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")
+    loss_panel, memory_panel = figure.subplots(2, 1, sharex=True)
+    # Names of models and folders are no formulas, whatever dollar signs they hold.
+    figure.suptitle(title, fontsize=12, parse_math=False)
+    for panel in (loss_panel, memory_panel):
         panel.grid(color="0.92")
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
+    return figure, loss_panel, memory_panel
 
 
 def run_settings(arguments: dict[str, Any], default_model: str) -> str:
