@@ -28,8 +28,8 @@ class Extension:
     extensions: tuple[type[Extension], ...]
 
     @classmethod
-    def members(cls, plain_class: type[nn.Module]) -> dict[str, Any]:
-        """What classes made of this extension and `plain_class` have besides."""
+    def members(cls, extended: type[nn.Module]) -> dict[str, Any]:
+        """What classes have besides that are made of this extension and `extended`: a plain or an extended class."""
         return {}
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
@@ -39,17 +39,16 @@ class Extension:
 
 @cache
 def _extended_class(extensions: tuple[type[Extension], ...], plain_class: type[nn.Module]) -> type[nn.Module]:
-    name = "".join(extension.name_prefix for extension in extensions) + plain_class.__name__
-    namespace: dict[str, Any] = {}
-    for extension in reversed(extensions):
-        namespace |= extension.members(plain_class)
-    namespace |= {
+    first, *others = extensions
+    extended = _extended_class(tuple(others), plain_class) if others else plain_class
+    namespace = {
+        **first.members(extended),
         "plain_class": plain_class,
         "extensions": extensions,
         "__module__": plain_class.__module__,
         "__doc__": plain_class.__doc__,
     }
-    return type(name, (*extensions, plain_class), namespace)
+    return type(first.name_prefix + extended.__name__, (first, extended), namespace)
 
 
 def extend(module: nn.Module, extension: type[Extension]) -> None:

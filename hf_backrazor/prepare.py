@@ -15,7 +15,16 @@ from torch import nn
 
 from .config import RazorConfig
 from .extension import can_extend, restore, runs_its_class
-from .modules import OPERATORS, RazorBlock, RazorInline, RazorLMHead, RazorModule, RazorOutermost, stack_blocks
+from .modules import (
+    OPERATORS,
+    RazorBlock,
+    RazorInline,
+    RazorLMHead,
+    RazorModule,
+    RazorOutermost,
+    RazorRecomputed,
+    stack_blocks,
+)
 from .targets import matches_target
 
 
@@ -25,17 +34,21 @@ class Choice:
 
     Attributes:
         operators: name -> a module, and the operator that stands in for it.
+        composites: name -> a module that is computed again if it saves much that no operator takes. It may have an
+            operator as well.
         blocks: name -> a module that is computed again as a whole.
         dense: why modules that look like razor's business are left -> their names.
     """
 
     operators: dict[str, tuple[nn.Module, type[RazorModule]]] = field(default_factory=dict)
+    composites: dict[str, nn.Module] = field(default_factory=dict)
     blocks: dict[str, nn.Module] = field(default_factory=dict)
     dense: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def keep_targets(self, config: RazorConfig) -> None:
         """Leave out operators of modules that the configuration does not target."""
         self.operators = {name: each for name, each in self.operators.items() if matches_target(config, name)}
+        self.composites = {name: each for name, each in self.composites.items() if matches_target(config, name)}
 
     def warn(self, stacklevel: int) -> None:
         """Name the modules that are left dense."""
@@ -44,13 +57,15 @@ class Choice:
 
     def install(self, config: RazorConfig) -> None:
         """Extend the modules. If that fails, or is interrupted, they all are what they were."""
-        every = {**self.operators, **{name: (block, RazorBlock) for name, block in self.blocks.items()}}
+        every = [(name, module, operator) for name, (module, operator) in self.operators.items()]
+        every += [(name, module, RazorRecomputed) for name, module in self.composites.items()]
+        every += [(name, module, RazorBlock) for name, module in self.blocks.items()]
         try:
-            for name, (module, operator) in every.items():
+            for name, module, operator in every:
                 operator.install(module, config.resolve(name))
             stack_blocks(self.blocks)
         except BaseException:
-            remove_operators(module for module, _ in every.values())
+            remove_operators(module for _, module, _ in every)
             raise
 
 
@@ -85,16 +100,32 @@ def choose_operators(
         elif operator is not None and not name:
             choice.dense["its forward is that of the model itself"].append(type(module).__name__)
             continue
+        if (operator is None or operator.runs_own_code) and name and _may_recompute(module):
+            choice.composites[name] = module
         if operator is not None and not runs_its_class(module):
             choice.dense["its forward was replaced on the instance"].append(name)
         elif operator is not None and not can_extend(module, operator):
             choice.dense["a class such as ABC or Generic comes first among the bases of its class"].append(name)
         elif operator is not None:
             choice.operators[name] = (module, operator)
-        elif matches_target(config, name):
+        elif matches_target(config, name) and not _is_inside(name, choice.composites):
             for reason in filter(None, (operator.cannot_handle(module) for operator in OPERATORS)):
                 choice.dense[reason].append(name)
     return choice
+
+
+def _may_recompute(module: nn.Module) -> bool:
+    """Whether the module is one that can be computed again."""
+    # Offloaded weights are there while Accelerate's hook runs, and not in backward.
+    hooked = "forward" in module.__dict__ and any(True for _ in module.parameters(recurse=False))
+    extends = runs_its_class(module) and not hooked and can_extend(module, RazorRecomputed)
+    return extends and RazorRecomputed.handles(module)
+
+
+def _is_inside(name: str, composites: Mapping[str, nn.Module]) -> bool:
+    """Whether the module called `name` is one of these, or in one."""
+    parts = name.split(".")
+    return any(".".join(parts[:end]) in composites for end in range(1, len(parts) + 1))
 
 
 def remove_operators(modules: Iterable[nn.Module]) -> None:

@@ -17,29 +17,27 @@ def packed_checkpoint(
     function: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    x: Tensor | None = None,
-    restore: Callable[[], Tensor] | None = None,
+    packed: Sequence[tuple[Tensor, Callable[[], Tensor]]] = (),
     masks: Sequence[Tensor] = (),
     again: Callable[..., Any] | None = None,
 ) -> Any:
-    """Call `function`, and keep for backward nothing but its arguments; one of them packed.
+    """Call `function`, and keep for backward nothing but its arguments; some of them packed.
 
-    Backward calls it once more, with what is restored of the packed one, and goes on through what this call has saved:
+    Backward calls it once more, with what is restored of the packed ones, and goes on through what this call has saved:
     non-reentrant `torch.utils.checkpoint`, with its replayed random numbers, autocast state and checks. The result is
     that of a plain call.
 
     Args:
-        function: a block's plain forward.
+        function: a module's plain forward.
         args: its arguments.
         kwargs: its arguments by name.
-        x: the one among them that is packed; None if there is none.
-        restore: gives that one again.
+        packed: those among them that are packed, each with what gives it again.
         masks: those among the arguments that are attention masks, and are packed (see `pack_mask`). All other tensors
             are kept as they are; what several blocks are given is kept once.
         again: called in place of `function` in backward (default: `function`).
     """
     leaves, tree = tree_flatten((tuple(args), dict(kwargs)))
-    call = _Call(function, again or function, leaves, tree, x, restore, masks)
+    call = _Call(function, again or function, leaves, tree, packed, masks)
     return checkpoint(call, *call.kept, use_reentrant=False)
 
 
@@ -56,22 +54,20 @@ class _Call:
         again: Callable[..., Any],
         leaves: list[Any],
         tree: TreeSpec,
-        x: Tensor | None,
-        restore: Callable[[], Tensor] | None,
+        packed: Sequence[tuple[Tensor, Callable[[], Tensor]]],
         masks: Sequence[Tensor],
     ) -> None:
-        self._function, self._again, self._tree, self._restore = function, again, tree, restore
-        self._strides = None if x is None or x.is_contiguous() else x.stride()
-        self._requires_grad = x is not None and x.requires_grad
+        self._function, self._again, self._tree = function, again, tree
         self._first: list[Any] | None = leaves
-        packed = {id(mask): pack_mask(mask) for mask in masks}
+        restored = {id(x): _Packed(x, restore) for x, restore in packed}
+        packed_masks = {id(mask): pack_mask(mask) for mask in masks}
         self._leaves: list[Any] = []
         self.kept: list[Tensor] = []
         for leaf in leaves:
-            if x is not None and leaf is x:
-                self._leaves.append(_X)
+            if id(leaf) in restored:
+                self._leaves.append(restored[id(leaf)])
             elif isinstance(leaf, Tensor):
-                mask = packed.get(id(leaf))
+                mask = packed_masks.get(id(leaf))
                 self._leaves.append(_Kept(len(self.kept), mask))
                 self.kept.append(leaf if mask is None else mask.part)
             else:
@@ -88,17 +84,26 @@ class _Call:
         return function(*args, **kwargs)
 
     def _restored(self, kept: Sequence[Tensor]) -> list[Any]:
-        x = None
-        if self._restore is not None:
-            with torch.no_grad():
-                x = self._restore()
-                # Operators of torch go other ways for other strides, and save other things on these.
-                x = x if self._strides is None else _with_strides(x, self._strides)
-            x.requires_grad_(self._requires_grad)
-        return [x if leaf is _X else leaf.of(kept) if isinstance(leaf, _Kept) else leaf for leaf in self._leaves]
+        # Each once: one tensor may be several arguments.
+        again = {leaf: leaf.restored() for leaf in self._leaves if isinstance(leaf, _Packed)}
+        leaves = [again[leaf] if isinstance(leaf, _Packed) else leaf for leaf in self._leaves]
+        return [leaf.of(kept) if isinstance(leaf, _Kept) else leaf for leaf in leaves]
 
 
-_X = object()
+class _Packed:
+    """The place of a tensor that is packed."""
+
+    def __init__(self, x: Tensor, restore: Callable[[], Tensor]) -> None:
+        self._restore, self._requires_grad = restore, x.requires_grad
+        self._strides = None if x.is_contiguous() else x.stride()
+
+    def restored(self) -> Tensor:
+        """What is restored of the tensor."""
+        with torch.no_grad():
+            x = self._restore()
+            # Operators of torch go other ways for other strides, and save other things on these.
+            x = x if self._strides is None else _with_strides(x, self._strides)
+        return x.requires_grad_(self._requires_grad)
 
 
 class _Kept:

@@ -21,12 +21,14 @@ class _Entry:
         version: the tensor's when this was noted; a change in place makes it another tensor.
         origin: how the tensor is restored from what the operator saves that made it.
         copies: how consumers packed it so far.
+        whole: the same, of those that take nothing from `origin`.
         cast_from: the tensor that this one is a wider copy of, and the version that it had.
     """
 
     version: int
     origin: Packed | None = None
     copies: dict[tuple[PackSpec, torch.dtype], Packed] = field(default_factory=dict)
+    whole: dict[tuple[PackSpec, torch.dtype], Packed] = field(default_factory=dict)
     cast_from: tuple[Tensor, int] | None = None
 
 
@@ -124,6 +126,20 @@ def pack_shared(x: Tensor, spec: PackSpec, dtype: torch.dtype | None = None) -> 
         else:
             entry.copies[key] = _correct(origin, dense, spec)
     return entry.copies[key]
+
+
+def pack_whole(x: Tensor, spec: PackSpec) -> Packed:
+    """Pack `x` by itself, whatever the operator that made it saves; or return a copy like this that is there already.
+
+    For who computes much from it: a norm's x_hat in 3 bits is enough for a weight's gradient, and not for a module that
+    is computed again.
+    """
+    entry = _entry(x)
+    if entry is None:
+        return pack(x.detach(), spec)
+    if (spec, x.dtype) not in entry.whole:
+        entry.whole[spec, x.dtype] = pack(x.detach(), spec)
+    return entry.whole[spec, x.dtype]
 
 
 def _alone(x: Tensor, packed: Packed) -> Packed:

@@ -1,8 +1,9 @@
 """Razor versions of the modules that models are made of.
 
-An operator is one class, derived from `RazorModule`, in one file of this folder; `OPERATORS` lists them. Three stand
+An operator is one class, derived from `RazorModule`, in one file of this folder; `OPERATORS` lists them. Four stand
 beside the list, as a type does not tell which layer is a language model's head (`RazorLMHead`), which module is the
-model itself (`RazorOutermost`), nor which modules are to be computed again (`RazorBlock`).
+model itself (`RazorOutermost`), which modules are to be computed again (`RazorBlock`), nor which save much that no
+operator takes (`RazorRecomputed`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .lm_head import RazorLMHead
 from .norm import RazorLayerNorm, RazorRMSNorm
 from .padding import RazorZeroPad
 from .pooling import RazorAveragePool2d, RazorMaxPool2d
+from .recomputed import RazorRecomputed
 
 OPERATORS: tuple[type[RazorModule], ...] = (
     RazorLinear,
@@ -63,6 +65,7 @@ __all__ = [
     "RazorModule",
     "RazorOutermost",
     "RazorRMSNorm",
+    "RazorRecomputed",
     "RazorZeroPad",
     "find_blocks",
     "running_sums",

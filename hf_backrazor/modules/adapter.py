@@ -20,6 +20,7 @@ class RazorAdapter(RazorModule):
     """
 
     kind = "adapter"
+    runs_own_code = True
     name_prefix = ""
 
     @classmethod

@@ -26,6 +26,7 @@ from ..config import RazorConfig
 from ..functional import recomputed_attention, sparse_attention
 from ..packing import PackSpec
 from .base import RazorModule, describe, forward_source, input_spec, stand_in
+from .probe import operator_running
 
 logger = logging.get_logger(__name__)
 
@@ -40,6 +41,7 @@ class RazorAttention(RazorModule):
     """A Transformers attention module that calls its attention function through `AttentionInterface`."""
 
     kind = "attention"
+    runs_own_code = True
 
     @classmethod
     def handles(cls, module: nn.Module) -> bool:
@@ -104,6 +106,19 @@ def razor_attention_forward(
     function = _plain_function(module)
     if not module.razor_active(query, key, value) or not module.worth_packing(query):
         return function(module, query, key, value, attention_mask, **kwargs)
+    with operator_running():
+        return _packed_attention(module, function, query, key, value, attention_mask, kwargs)
+
+
+def _packed_attention(
+    module: RazorAttention,
+    function: Callable,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, None]:
     if kwargs.get("output_attentions"):
         logger.warning_once(
             "Razor attention does not return attention weights in training: they are not kept. For weights, call the "

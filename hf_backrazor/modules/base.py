@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,6 +20,7 @@ from ..extension import Extension, extend
 from ..functional.sharing import origin_of
 from ..packing import PackSpec
 from .own_calls import without_own_calls
+from .probe import is_dense, operator_running
 
 if TYPE_CHECKING:
     _Module = nn.Module
@@ -36,12 +38,14 @@ class RazorModule(Extension, _Module):
 
     Attributes:
         kind: the kind of operator, as `memory_report` names it.
+        runs_own_code: whether the forward is the plain class's own, which razor looks into.
         razor_config: the settings that hold for this module, overrides applied.
         razor_enabled: false makes the module behave as the plain one.
     """
 
     kind: ClassVar[str]
     name_prefix: ClassVar[str] = "Razor"
+    runs_own_code: ClassVar[bool] = False
     razor_config: RazorConfig
     razor_enabled: bool
 
@@ -63,16 +67,16 @@ class RazorModule(Extension, _Module):
         module.razor_enabled = True
 
     @classmethod
-    def members(cls, plain_class: type[nn.Module]) -> dict[str, Any]:
+    def members(cls, extended: type[nn.Module]) -> dict[str, Any]:
         """See `Extension.members`: where the plain forward has other names for its arguments, one that takes those."""
         if not hasattr(cls, "forward"):
             return {}
-        theirs, ours = (_positional(owner.forward) for owner in (plain_class, cls))
+        theirs, ours = (_positional(owner.forward) for owner in (extended, cls))
         renamed = {their: our for their, our in zip(theirs, ours, strict=False) if their != our}
         if not renamed:
             return {}
 
-        @functools.wraps(plain_class.forward)
+        @functools.wraps(extended.forward)
         def forward(self: RazorModule, *args: Any, **kwargs: Any) -> Any:
             return cls.forward(self, *args, **{renamed.get(name, name): value for name, value in kwargs.items()})
 
@@ -88,8 +92,12 @@ class RazorModule(Extension, _Module):
     @torch.compiler.disable(reason="razor modules share packed tensors")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the plain module's."""
-        with without_own_calls():
+        with without_own_calls(), self._as_operator():
             return super().__call__(*args, **kwargs)
+
+    def _as_operator(self) -> AbstractContextManager:
+        """What the module saves is what its operator saves, and no loose tensor, unless code of its own runs in it."""
+        return nullcontext() if self.runs_own_code else operator_running()
 
     def razor_active(self, *tensors: Tensor | None, parameters: Sequence[str] = ()) -> bool:
         """Whether this call saves packed activations: in training, with gradients wanted.
@@ -101,7 +109,7 @@ class RazorModule(Extension, _Module):
         return self.training and self._saves_for(tensors, parameters)
 
     def _saves_for(self, tensors: Sequence[Tensor | None], parameters: Sequence[str]) -> bool:
-        if not (self.razor_enabled and torch.is_grad_enabled()):
+        if not (self.razor_enabled and torch.is_grad_enabled()) or is_dense():
             return False
         if not (any(x is not None and x.requires_grad for x in tensors) or any(map(self._trains, parameters))):
             return False

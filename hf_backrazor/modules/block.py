@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
 from types import MethodType
 from typing import Any
 from weakref import WeakSet, ref
@@ -24,15 +22,13 @@ from ..functional.sharing import origin_of, pack_shared
 from ..functional.stream import StoredInput, Stream
 from ..packing import PackSpec
 from ..targets import is_excluded, matches_block, unmatched_blocks
+from .again import argument_names, is_mask, with_buffers, without_caches
 from .base import RazorModule, linear_spec
 
 logger = logging.get_logger(__name__)
 
 # The first input of a stream is kept nearly whole: 8 bits, with some elements exact, have a cosine of 0.9999.
 FIRST_BITS = 8
-
-# Caches of keys, values and states, by the names that blocks give them. Running a block again would add to them again.
-_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
 
 class Stack:
@@ -128,48 +124,38 @@ class RazorBlock(RazorModule):
         super().clear()
 
     @classmethod
-    def members(cls, plain_class: type[nn.Module]) -> dict[str, Any]:
+    def members(cls, extended: type[nn.Module]) -> dict[str, Any]:
         """See `Extension.members`: a forward with the plain one's signature."""
 
-        @functools.wraps(plain_class.forward)
+        @functools.wraps(extended.forward)
         def forward(self: RazorBlock, *args: Any, **kwargs: Any) -> Any:
-            return self._forward(functools.partial(plain_class.forward, self), args, kwargs)
+            return self._forward(functools.partial(extended.forward, self), args, kwargs)
 
         members: dict[str, Any] = {"forward": forward}
-        if hasattr(plain_class, "gradient_checkpointing"):
+        if hasattr(extended, "gradient_checkpointing"):
             members["gradient_checkpointing"] = property(_plain_checkpointing, _take_over)
         return members
 
     def _forward(self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The plain forward's result; of what it saves, only its arguments are kept."""
         plain = self.razor_instance_forward or plain
-        names = _argument_names(self.plain_class)
+        names = argument_names(self.plain_class)
         x = args[0] if args else kwargs.get(names[0]) if names else None
         if not self._recomputes(x, (*args, *kwargs.values())):
             return plain(*args, **kwargs)
+        # Estimates ask for a cache by themselves.
+        arguments = without_caches(self, names, args, kwargs, warns=not is_fake(x))
+        if arguments is None:
+            return plain(*args, **kwargs)
+        args, kwargs = arguments
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        caches = {name: given[name] for name in _CACHES if given.get(name) is not None}
-        if caches and not getattr(self, "_can_checkpoint_with_cache", False):
-            if any(self._is_filled(cache) for cache in caches.values()):
-                logger.warning_once(
-                    "razor: a cache that holds keys and values already is given in training, as by prefix tuning; the "
-                    "blocks that read it are saved dense"
-                )
-                return plain(*args, **kwargs)
-            if not is_fake(x):  # estimates ask for a cache by themselves
-                logger.warning_once(
-                    "razor: blocks that are computed again in backward do not fill a cache; set `use_cache=False`"
-                )
-            # Those given by position have names as well.
-            args, kwargs = args[:1], {**{name: given[name] for name in names[1 : len(args)]}, **kwargs}
-            kwargs |= dict.fromkeys(caches) | ({"use_cache": False} if kwargs.get("use_cache") else {})
-        masks = [value for name, value in given.items() if _is_mask(name, value)]
+        masks = [value for name, value in given.items() if is_mask(name, value)]
         exact = self.razor_config.stream_bits == 32 or not self.razor_config.sparsity or not self.worth_packing(x)
         exact = exact or self._loops_over_experts()
-        packed = () if exact else (x, self._store(x))
+        packed = [] if exact else [(x, self._store(x))]
         buffers = self._changing_buffers()
-        again = functools.partial(_with_buffers, self, buffers, plain)
-        result = packed_checkpoint(plain, args, kwargs, *packed, masks=masks, again=again)
+        again = functools.partial(with_buffers, self, buffers, plain)
+        result = packed_checkpoint(plain, args, kwargs, packed, masks, again)
         if self.razor_changing is None and not any(map(is_fake, buffers.values())):
             # By their values: batch norms change their statistics without a new version.
             for name in [name for name, value in buffers.items() if torch.equal(self.get_buffer(name), value)]:
@@ -205,12 +191,6 @@ class RazorBlock(RazorModule):
                 '`model.set_experts_implementation("grouped_mm")`, where the model has it, lets it be packed'
             )
         return loops
-
-    def _is_filled(self, cache: Any) -> bool:
-        if not hasattr(cache, "get_seq_length"):
-            return False
-        layer = next((m.layer_idx for m in self.modules() if isinstance(getattr(m, "layer_idx", None), int)), 0)
-        return int(cache.get_seq_length(layer)) > 0
 
     def _store(self, x: Tensor) -> Callable[[], Tensor]:
         """Store `x`, and say how it is restored."""
@@ -302,38 +282,6 @@ def running_sums(model: nn.Module) -> dict[Stream, tuple[str, int]]:
             for stream in module.razor_stack.streams:
                 found.setdefault(stream, (name, stream.sum_bytes))
     return found
-
-
-def _with_buffers(
-    block: RazorBlock, buffers: Mapping[str, Tensor], function: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
-    """`function(*args, **kwargs)`, with copies of these buffers in place of those of `block`.
-
-    So that it does what it did when they were like this, and the running statistics of batch norms move once a step.
-    """
-    present: list[tuple[nn.Module, str, Tensor]] = []
-    try:
-        for name, value in buffers.items():
-            path, _, last = name.rpartition(".")
-            owner = block.get_submodule(path)
-            present.append((owner, last, owner._buffers[last]))
-            owner._buffers[last] = value.clone()
-        return function(*args, **kwargs)
-    finally:
-        for owner, last, value in present:
-            owner._buffers[last] = value
-
-
-def _is_mask(name: str, value: Any) -> bool:
-    # Those of two dimensions are small, and model code reads them in other ways.
-    return name.endswith("mask") and isinstance(value, Tensor) and value.dim() > 2
-
-
-@cache
-def _argument_names(cls: type[nn.Module]) -> tuple[str, ...]:
-    """Names of the arguments of the class's forward that may be given by position."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(name for name, each in inspect.signature(cls.forward).parameters.items() if each.kind in kinds)[1:]
 
 
 def _plain_checkpointing(block: RazorBlock) -> bool:

@@ -47,6 +47,7 @@ class RazorInline(RazorModule):
     output of an activation function, or multiplies by a vector that it trains, or resizes logits for a loss."""
 
     kind = "inline"
+    runs_own_code = True
     # These are the decoder layers that FSDP and device maps know by the name of their class.
     name_prefix = ""
 
@@ -67,15 +68,15 @@ class RazorInline(RazorModule):
                 gate.razor_gates = True
 
     @classmethod
-    def members(cls, plain_class: type[nn.Module]) -> dict[str, Any]:
+    def members(cls, extended: type[nn.Module]) -> dict[str, Any]:
         """See `Extension.members`: a forward with the plain one's signature, from which Trainer reads what it takes."""
 
-        @functools.wraps(plain_class.forward)
+        @functools.wraps(extended.forward)
         def forward(self: RazorInline, *args: Any, **kwargs: Any) -> Any:
             if not (self.training and self.razor_enabled) or torch.compiler.is_compiling():
-                return plain_class.forward(self, *args, **kwargs)
+                return extended.forward(self, *args, **kwargs)
             with OwnCalls(self, CALLS):
-                return plain_class.forward(self, *args, **kwargs)
+                return extended.forward(self, *args, **kwargs)
 
         return {"forward": forward}
 

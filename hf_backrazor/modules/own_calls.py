@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
+from .probe import operator_running
+
 _NOTHING = nullcontext()
 
 
@@ -24,7 +26,8 @@ class OwnCalls(TorchFunctionMode):
         kwargs = kwargs or {}
         call = self._calls.get(func)
         if call is not None and _runs_now(self._module):
-            result = call(self._module, *args, **kwargs)
+            with operator_running():
+                result = call(self._module, *args, **kwargs)
             if result is not NotImplemented:
                 return result
         return func(*args, **kwargs)

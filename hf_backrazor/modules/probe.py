@@ -1,0 +1,161 @@
+"""A forward of one module that is looked at and thrown away: what it saves that no operator of razor takes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+
+class _State(threading.local):
+    """Of the code that runs in this thread."""
+
+    def __init__(self) -> None:
+        self.probes = 0
+        self.operators = 0
+        self.dense = 0
+
+
+_state = _State()
+_NOTHING = nullcontext()
+
+
+def is_dense() -> bool:
+    """Whether razor's operators are to do what plain modules do, as all around them is computed again."""
+    return _state.dense > 0
+
+
+@contextmanager
+def dense() -> Iterator[None]:
+    """Inside this context, razor's operators do what plain modules do."""
+    _state.dense += 1
+    try:
+        yield
+    finally:
+        _state.dense -= 1
+
+
+def operator_running() -> AbstractContextManager:
+    """A context for an operator of razor; what is saved inside of it is no loose tensor."""
+    return _operator() if _state.probes else _NOTHING
+
+
+@contextmanager
+def _operator() -> Iterator[None]:
+    _state.operators += 1
+    try:
+        yield
+    finally:
+        _state.operators -= 1
+
+
+class Probe:
+    """What one forward of a module shows.
+
+    Args:
+        known: tensors that are not counted, as they are there anyway.
+        inputs: what the module computes from.
+
+    Attributes:
+        loose_bytes: of the tensors that autograd saved for operators that razor has none for.
+        packed_bytes: of those that razor's operators saved.
+        branches: whether what the module does, or the shapes in it, depend on the values of what it computes.
+
+    Example:
+        >>> probe = Probe(module.parameters(), [x])
+        >>> with probe:
+        ...     module(x)
+        >>> probe.loose_bytes
+    """
+
+    def __init__(self, known: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
+        self.loose_bytes = self.packed_bytes = 0
+        self.branches = False
+        self._seen = {_storage_key(x) for x in known}
+        # So that no other tensor comes to lie where one was.
+        self._alive: list[Tensor] = []
+        self._branching = _Branching(self, inputs)
+
+    def __enter__(self) -> Probe:
+        self._hooks = saved_tensors_hooks(self._pack, _unpack)
+        self._branching.__enter__()
+        self._hooks.__enter__()
+        # An operator that this probe is inside of has nothing to do with it.
+        self._operators, _state.operators = _state.operators, 0
+        _state.probes += 1
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        _state.probes -= 1
+        _state.operators = self._operators
+        self._hooks.__exit__(*exception)
+        self._branching.__exit__(*exception)
+        self._alive.clear()
+
+    def _pack(self, x: Tensor) -> Tensor:
+        if (key := _storage_key(x)) not in self._seen:
+            self._seen.add(key)
+            size = x.untyped_storage().nbytes()
+            if _state.operators:
+                self.packed_bytes += size
+            else:
+                self.loose_bytes += size
+        with torch._C.DisableTorchFunctionSubclass():
+            x = x.detach()
+        self._alive.append(x)
+        return x
+
+
+def _unpack(x: Tensor) -> Tensor:
+    return x
+
+
+def _storage_key(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+# Their result, or its shape, is what values say.
+_READS_VALUES: set[Callable[..., Any]] = {
+    torch.nonzero, Tensor.nonzero, torch.argwhere, torch.masked_select, Tensor.masked_select, torch.unique,
+    Tensor.unique, torch.unique_consecutive, Tensor.unique_consecutive, torch.bincount, Tensor.bincount, Tensor.item,
+    Tensor.tolist, Tensor.numpy, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__,
+    Tensor.__contains__, torch.equal, Tensor.equal, torch.allclose,
+}  # fmt: skip
+_INDEXES: set[Callable[..., Any]] = {Tensor.__getitem__, Tensor.__setitem__}
+
+
+class _Branching(TorchFunctionMode):
+    """Sees whether values decide, that a gradient goes through or that are computed from such."""
+
+    def __init__(self, probe: Probe, inputs: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._probe = probe
+        self._computed: dict[int, Tensor] = {id(x): x for x in inputs}
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if not any(map(self._is_computed, tensors)):
+            return result
+        if func in _READS_VALUES or (func is torch.where and len(args) + len(kwargs) == 1):
+            self._probe.branches = True
+        elif func in _INDEXES:
+            index = [x for x in tree_leaves(args[1]) if isinstance(x, Tensor)]
+            if any(x.dtype == torch.bool and self._is_computed(x) for x in index):
+                self._probe.branches = True
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor):
+                self._computed[id(x)] = x
+        return result
+
+    def _is_computed(self, x: Tensor) -> bool:
+        # What autograd functions return is seen by its graph alone.
+        return x.grad_fn is not None or id(x) in self._computed
