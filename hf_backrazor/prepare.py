@@ -100,7 +100,7 @@ def choose_operators(
         elif operator is not None and not name:
             choice.dense["its forward is that of the model itself"].append(type(module).__name__)
             continue
-        if (operator is None or operator.runs_own_code) and name and _may_recompute(module):
+        if (operator is None or operator.runs_own_code) and name and _may_recompute(module, heads):
             choice.composites[name] = module
         if operator is not None and not runs_its_class(module):
             choice.dense["its forward was replaced on the instance"].append(name)
@@ -114,8 +114,10 @@ def choose_operators(
     return choice
 
 
-def _may_recompute(module: nn.Module) -> bool:
+def _may_recompute(module: nn.Module, heads: set[nn.Module | None]) -> bool:
     """Whether the module is one that can be computed again."""
+    if any(inner in heads for inner in module.modules()):
+        return False
     # Offloaded weights are there while Accelerate's hook runs, and not in backward.
     hooked = "forward" in module.__dict__ and any(True for _ in module.parameters(recurse=False))
     extends = runs_its_class(module) and not hooked and can_extend(module, RazorRecomputed)
@@ -182,7 +184,9 @@ def _heads(model: nn.Module) -> set[nn.Module | None]:
         # In PEFT's `modules_to_save` each adapter has a copy, beside the original.
         copies = getattr(head, "modules_to_save", None)
         heads |= {head} if copies is None else {head.original_module, *copies.values()}
-    return heads
+    # FSMT names an embedding, whose weight a linear layer shares.
+    tied = {id(head.weight) for head in heads if isinstance(head, nn.Embedding)}
+    return heads | {module for module in model.modules() if id(module._parameters.get("weight")) in tied}
 
 
 def _enumerate(names: list[str], limit: int = 5) -> str:

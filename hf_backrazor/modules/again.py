@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers import Cache, EncoderDecoderCache
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -36,10 +39,10 @@ def without_caches(
         warns: whether to tell that caches are not filled.
     """
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    caches = {name: given[name] for name in _CACHES if given.get(name) is not None}
+    caches = {name for name, value in given.items() if value is not None and (name in _CACHES or _is_cache(value))}
     if not caches or getattr(module, "_can_checkpoint_with_cache", False):
         return args, kwargs
-    if any(_is_filled(module, held) for held in caches.values()):
+    if any(_is_filled(module, given[name]) for name in caches):
         logger.warning_once(
             "razor: a cache that holds keys and values already is given in training, as by prefix tuning; the "
             "blocks that read it are saved dense"
@@ -54,6 +57,10 @@ def without_caches(
     return args[:1], kwargs | ({"use_cache": False} if kwargs.get("use_cache") else {})
 
 
+def _is_cache(value: Any) -> bool:
+    return isinstance(value, (Cache, EncoderDecoderCache))
+
+
 def _is_filled(module: nn.Module, held: Any) -> bool:
     if not hasattr(held, "get_seq_length"):
         return False
@@ -61,24 +68,81 @@ def _is_filled(module: nn.Module, held: Any) -> bool:
     return int(held.get_seq_length(layer)) > 0
 
 
-def with_buffers(
-    module: nn.Module, buffers: Mapping[str, Tensor], function: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
-    """`function(*args, **kwargs)`, with copies of these buffers in place of those of `module`.
+# Names of buffers; and of attributes, each as that of a module and that of what this holds.
+Changes = tuple[tuple[str, ...], tuple[tuple[str, str], ...]]
 
-    So that it does what it did when they were like this, and the running statistics of batch norms move once a step.
+
+class State:
+    """What a module's forward may change beside its result: buffers, and attributes such as a recurrent state.
+
+    Args:
+        module: whose state it is, as it is now.
+        changes: what of it counts; None: all.
     """
-    present: list[tuple[nn.Module, str, Tensor]] = []
-    try:
-        for name, value in buffers.items():
-            path, _, last = name.rpartition(".")
-            owner = module.get_submodule(path)
-            present.append((owner, last, owner._buffers[last]))
-            owner._buffers[last] = value.clone()
-        return function(*args, **kwargs)
-    finally:
-        for owner, last, value in present:
-            owner._buffers[last] = value
+
+    def __init__(self, module: nn.Module, changes: Changes | None = None) -> None:
+        self._module = module
+        names, attributes = changes or (tuple(name for name, _ in module.named_buffers()), None)
+        # By their values: batch norms change their statistics without a new version.
+        self._buffers = {name: module.get_buffer(name).clone() for name in names}
+        if attributes is None:
+            attributes = [(path, name) for path, inner in module.named_modules() for name in _attributes(inner)]
+        self._attributes = {each: module.get_submodule(each[0]).__dict__.get(each[1], _ABSENT) for each in attributes}
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Inside this context the module has this state; afterwards, the one that it has now."""
+        present = {name: self._swap_buffer(name, value.clone()) for name, value in self._buffers.items()}
+        attributes = {each: self._swap_attribute(each, value) for each, value in self._attributes.items()}
+        try:
+            yield
+        finally:
+            for name, value in present.items():
+                self._swap_buffer(name, value)
+            for each, value in attributes.items():
+                self._swap_attribute(each, value)
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`function(*args, **kwargs)` in this state."""
+        with self.restored():
+            return function(*args, **kwargs)
+
+    def keep(self, changes: Changes) -> None:
+        """Forget all but these."""
+        buffers, attributes = changes
+        self._buffers = {name: self._buffers[name] for name in buffers}
+        self._attributes = {each: self._attributes.get(each, _ABSENT) for each in attributes}
+
+    def changed(self) -> Changes:
+        """Names of the buffers, and the attributes, that are others now."""
+        now = State(self._module)
+        buffers = (
+            name for name, x in self._buffers.items() if not x.is_meta and not torch.equal(now._buffers[name], x)
+        )
+        held = {**dict.fromkeys(self._attributes, _ABSENT), **now._attributes}
+        return tuple(buffers), tuple(each for each, x in held.items() if x is not self._attributes.get(each, _ABSENT))
+
+    def _swap_buffer(self, name: str, value: Tensor) -> Tensor:
+        path, _, last = name.rpartition(".")
+        owner = self._module.get_submodule(path)
+        before, owner._buffers[last] = owner._buffers[last], value
+        return before
+
+    def _swap_attribute(self, each: tuple[str, str], value: Any) -> Any:
+        owned = self._module.get_submodule(each[0]).__dict__
+        before = owned.pop(each[1], _ABSENT)
+        if value is not _ABSENT:
+            owned[each[1]] = value
+        return before
+
+
+_ABSENT = object()
+
+
+def _attributes(module: nn.Module) -> list[str]:
+    """Names of what a forward may have put on the object."""
+    torchs = nn.Module().__dict__
+    return [name for name in module.__dict__ if name not in torchs and not name.startswith("razor_")]
 
 
 def is_mask(name: str, value: Any) -> bool:

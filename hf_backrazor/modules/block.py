@@ -10,7 +10,6 @@ from types import MethodType
 from typing import Any
 from weakref import WeakSet, ref
 
-import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from transformers.utils import logging
@@ -22,7 +21,7 @@ from ..functional.sharing import origin_of, pack_shared
 from ..functional.stream import StoredInput, Stream
 from ..packing import PackSpec
 from ..targets import is_excluded, matches_block, unmatched_blocks
-from .again import argument_names, is_mask, with_buffers, without_caches
+from .again import Changes, State, argument_names, is_mask, without_caches
 from .base import RazorModule, linear_spec
 
 logger = logging.get_logger(__name__)
@@ -84,7 +83,7 @@ class RazorBlock(RazorModule):
         razor_index: its place among them.
         razor_follows: whether its input is stored as the difference from that of the block before; None: not known
             before its first forward.
-        razor_changing: names of the buffers that its forward changes, as batch norms do; None: not known before the
+        razor_changing: buffers and attributes that its forward changes, as batch norms do; None: not known before the
             first.
         razor_experts: names of its modules that hold experts.
     """
@@ -95,7 +94,7 @@ class RazorBlock(RazorModule):
     razor_stack: Stack
     razor_index: int
     razor_follows: bool | None
-    razor_changing: tuple[str, ...] | None
+    razor_changing: Changes | None
     razor_experts: tuple[str, ...]
 
     @classmethod
@@ -153,21 +152,12 @@ class RazorBlock(RazorModule):
         exact = self.razor_config.stream_bits == 32 or not self.razor_config.sparsity or not self.worth_packing(x)
         exact = exact or self._loops_over_experts()
         packed = [] if exact else [(x, self._store(x))]
-        buffers = self._changing_buffers()
-        again = functools.partial(with_buffers, self, buffers, plain)
-        result = packed_checkpoint(plain, args, kwargs, packed, masks, again)
-        if self.razor_changing is None and not any(map(is_fake, buffers.values())):
-            # By their values: batch norms change their statistics without a new version.
-            for name in [name for name, value in buffers.items() if torch.equal(self.get_buffer(name), value)]:
-                del buffers[name]
-            self.razor_changing = tuple(buffers)
+        before = State(self, self.razor_changing)
+        result = packed_checkpoint(plain, args, kwargs, packed, masks, functools.partial(before.call, plain))
+        if self.razor_changing is None and not is_fake(x):
+            self.razor_changing = before.changed()
+            before.keep(self.razor_changing)
         return result
-
-    def _changing_buffers(self) -> dict[str, Tensor]:
-        """Copies of the buffers that a forward changes; of all, before that is known."""
-        names = self.razor_changing
-        names = [name for name, _ in self.named_buffers()] if names is None else names
-        return {name: self.get_buffer(name).clone() for name in names}
 
     def _recomputes(self, x: Any, arguments: Iterable[Any]) -> bool:
         """Whether this call saves anything that is worth to be computed again."""

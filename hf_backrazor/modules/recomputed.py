@@ -1,7 +1,7 @@
 """Modules that save much for which razor has no operator: they are computed again in backward, from packed inputs.
 
-What a module's own code computes, razor knows by its parts: the layers in it, functions that it calls. Attention that is
-written out, a scan over states, products of experts' weights are no such parts. The first forward of each module in
+What a module's own code computes, razor knows by its parts: the layers in it, functions that it calls. Attention that
+is written out, a scan over states, products of experts' weights are no such parts. The first forward of each module in
 training is therefore looked at, before the one that counts: if what is left over is more than what its inputs take,
 then these are stored, in 8 bits, and the module runs once more in backward.
 """
@@ -9,7 +9,8 @@ then these are stored, in 8 bits, and the module runs once more in backward.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from ..functional.checkpoint import packed_checkpoint
 from ..functional.sharing import pack_whole
 from ..functional.stream import StoredInput
 from ..packing import PackSpec
-from .again import argument_names, is_mask, with_buffers, without_caches
+from .again import Changes, State, argument_names, is_mask, without_caches
 from .base import RazorModule
 from .probe import Probe, dense, operator_running
 
@@ -41,14 +42,14 @@ class Decision:
     Attributes:
         again: whether the module is computed again; None: not known yet.
         exact: whether its inputs are kept as they are, as values decide what it does.
-        changing: names of the buffers that its forward changes, as batch norms do.
+        changing: buffers and attributes that its forward changes, as batch norms do.
         loose_bytes: what it saves for which razor has no operator.
     """
 
     def __init__(self) -> None:
         self.again: bool | None = None
         self.exact = False
-        self.changing: tuple[str, ...] = ()
+        self.changing: Changes = ((), ())
         self.loose_bytes = 0
 
 
@@ -84,83 +85,86 @@ class RazorRecomputed(RazorModule):
 
         @functools.wraps(extended.forward)
         def forward(self: RazorRecomputed, *args: Any, **kwargs: Any) -> Any:
-            return self._forward(functools.partial(extended.forward, self), args, kwargs)
+            return _forward(self, functools.partial(extended.forward, self), args, kwargs)
 
         if issubclass(extended, RazorModule):
             return {"forward": forward, "kind": extended.kind}
         # Nothing here that the compiler could not read, but for a forward that razor leaves as it is then.
         return {"forward": forward, "__call__": extended.__call__}
 
-    def _forward(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if torch.compiler.is_compiling() or not self.training:
-            return function(*args, **kwargs)
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        decision = self.razor_decision
-        if decision.again is False or in_checkpoint() or not self.razor_active(*tensors, *self.parameters()):
-            return function(*args, **kwargs)
-        names = argument_names(self.plain_class)
-        arguments = without_caches(self, names, args, kwargs, warns=decision.again is True)
-        if arguments is None:
-            return function(*args, **kwargs)
-        if decision.again is None:
-            self._decide(function, *arguments)
-        if not decision.again:
-            return function(*args, **kwargs)
-        args, kwargs = arguments
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        masks = [value for name, value in given.items() if is_mask(name, value)]
-        buffers = {name: self.get_buffer(name).clone() for name in decision.changing}
-        plain = functools.partial(_plainly, function)
-        again = functools.partial(with_buffers, self, buffers, plain)
-        packed = [(x, StoredInput(0, pack_whole(x, spec)).unpack) for x, spec in self._packed_inputs(args, kwargs)]
-        with operator_running():
-            return packed_checkpoint(plain, args, kwargs, packed, masks, again)
-
-    def _decide(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Run the module, and see what that saves."""
-        decision = self.razor_decision
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        known = [*self.parameters(), *self.buffers(), *(x for x in tensors if not x.requires_grad)]
-        inputs = [x for x in tensors if x.requires_grad]
-        probe = Probe(known, inputs)
-        buffers = {name: buffer.clone() for name, buffer in self.named_buffers()}
-        with _random_state_of(tensors), probe:
-            changed = with_buffers(self, buffers, self._run_and_compare, function, buffers, args, kwargs)
-        decision.loose_bytes, decision.exact = probe.loose_bytes, probe.branches
-        decision.changing = changed
-        packed = {id(x): spec for x, spec in self._packed_inputs(args, kwargs)}
-        inputs_bytes = sum(_stored_bytes(x, packed.get(id(x))) for x in {id(x): x for x in inputs}.values())
-        decision.again = probe.loose_bytes > max(WORTH * inputs_bytes, probe.packed_bytes, self.razor_config.min_numel)
-
-    def _run_and_compare(
-        self, function: Callable[..., Any], before: Mapping[str, Tensor], args: Any, kwargs: Any
-    ) -> tuple[str, ...]:
-        """Names of the buffers that `function` changes."""
-        function(*args, **kwargs)
-        # By their values: batch norms change their statistics without a new version.
-        return tuple(name for name, value in before.items() if not _is_same(self.get_buffer(name), value))
-
-    def _packed_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Tensor, PackSpec]]:
-        """Those among the arguments that are stored packed, and how."""
-        config = self.razor_config
-        if config.activation_bits == 32 or not config.sparsity or self.razor_decision.exact:
-            return
-        for x in {id(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}.values():
-            if x.requires_grad and x.dim() > 1 and self.worth_packing(x):
-                yield x, self._spec(x)
-
-    def _spec(self, x: Tensor) -> PackSpec:
-        config = self.razor_config
-        if config.activation_bits == 16:
-            return PackSpec(value_dtype="float16")
-        row_dims = x.dim() - 2 if x.dim() > 3 and _has_convolutions(self, x.dim() - 2) else 1
-        return PackSpec(config.sparsity, "row", INPUT_BITS, config.value_dtype, row_dims=row_dims)
-
     def razor_repr(self) -> str:
         """See `RazorModule.razor_repr`."""
         if "razor_decision" not in self.__dict__ or not self.razor_decision.again:
             return super().razor_repr()
         return "razor=computed again from its inputs" + ("" if self.razor_decision.exact else f" in {INPUT_BITS} bits")
+
+
+# Functions, as the class that is extended may have methods of any name.
+def _forward(
+    module: RazorRecomputed, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """What `function`, the forward of what was extended, returns; computed again in backward if that is worth it."""
+    if torch.compiler.is_compiling() or not module.training:
+        return function(*args, **kwargs)
+    decision = module.razor_decision
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    if decision.again is False or in_checkpoint() or not module.razor_active(*tensors, *module.parameters()):
+        return function(*args, **kwargs)
+    names = argument_names(module.plain_class)
+    arguments = without_caches(module, names, args, kwargs, warns=decision.again is True)
+    if arguments is None:
+        return function(*args, **kwargs)
+    if decision.again is None:
+        _decide(module, function, *arguments)
+    if not decision.again:
+        return function(*args, **kwargs)
+    args, kwargs = arguments
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    masks = [value for name, value in given.items() if is_mask(name, value)]
+    plain = functools.partial(_plainly, function)
+    again = functools.partial(State(module, decision.changing).call, plain)
+    packed = [(x, StoredInput(0, pack_whole(x, spec)).unpack) for x, spec in _packed_inputs(module, args, kwargs)]
+    with operator_running():
+        return packed_checkpoint(plain, args, kwargs, packed, masks, again)
+
+
+def _decide(
+    module: RazorRecomputed, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Run the module, and see what that saves."""
+    decision = module.razor_decision
+    tensors = {id(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}.values()
+    inputs = [x for x in tensors if x.requires_grad]
+    probe = Probe([*module.parameters(), *module.buffers(), *(x for x in tensors if not x.requires_grad)], inputs)
+    before = State(module)
+    with before.restored():
+        with _random_state(tensors), probe:
+            function(*args, **kwargs)
+        decision.changing = before.changed()
+    decision.loose_bytes, decision.exact = probe.loose_bytes, probe.branches
+    specs = {id(x): spec for x, spec in _packed_inputs(module, args, kwargs)}
+    stored = sum(_stored_bytes(x, specs.get(id(x))) for x in inputs)
+    decision.again = probe.loose_bytes > max(WORTH * stored, probe.packed_bytes, module.razor_config.min_numel)
+
+
+def _packed_inputs(
+    module: RazorRecomputed, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[tuple[Tensor, PackSpec]]:
+    """Those among the arguments that are stored packed, and how."""
+    config = module.razor_config
+    if config.activation_bits == 32 or not config.sparsity or module.razor_decision.exact:
+        return
+    for x in {id(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}.values():
+        if x.requires_grad and x.dim() > 1 and module.worth_packing(x):
+            yield x, _spec(module, x)
+
+
+def _spec(module: RazorRecomputed, x: Tensor) -> PackSpec:
+    config = module.razor_config
+    if config.activation_bits == 16:
+        return PackSpec(value_dtype="float16")
+    row_dims = x.dim() - 2 if x.dim() > 3 and _has_convolutions(module, x.dim() - 2) else 1
+    return PackSpec(config.sparsity, "row", INPUT_BITS, config.value_dtype, row_dims=row_dims)
 
 
 def _holds_stack(module: nn.Module) -> bool:
@@ -184,11 +188,8 @@ def _plainly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
 
-def _is_same(x: Tensor, y: Tensor) -> bool:
-    return x.is_meta or torch.equal(x, y)
-
-
-def _random_state_of(tensors: list[Tensor]) -> Any:
+def _random_state(tensors: Iterable[Tensor]) -> AbstractContextManager:
+    """Puts the random state of these tensors' devices back."""
     devices = {x.device for x in tensors} - {torch.device("cpu"), torch.device("meta")}
     device_type = next(iter(devices)).type if devices else "cuda"
     return torch.random.fork_rng(devices=list(devices), device_type=device_type)
