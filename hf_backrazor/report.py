@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
-from .modules import OPERATORS, RazorModule, running_sums
+from .modules import OPERATORS, RazorModule, running_sums, sees_probes
 
 
 @dataclass(frozen=True)
@@ -259,8 +259,9 @@ def _following(model: nn.Module, running: list[str]) -> Iterator[None]:
     handles = []
     for name, module in model.named_modules():
         if name:
-            handles.append(module.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
-            handles.append(module.register_forward_hook(lambda *_: running.pop() and None, always_call=True))
+            enter, leave = (lambda *_, name=name: running.append(name)), (lambda *_: running.pop() and None)
+            handles.append(module.register_forward_pre_hook(sees_probes(enter)))
+            handles.append(module.register_forward_hook(sees_probes(leave), always_call=True))
     try:
         yield
     finally:

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from .modules import RazorBlock, RazorLMHead, RazorModule
+from .modules import RazorBlock, RazorLMHead, RazorModule, sees_probes
 
 
 def is_first_forward(model: nn.Module) -> bool:
@@ -96,8 +96,8 @@ class _WeightUse(TorchFunctionMode):
                 self._running[weight] += by
 
         return [
-            module.register_forward_pre_hook(lambda *_: change(1)),
-            module.register_forward_hook(lambda *_: change(-1), always_call=True),
+            module.register_forward_pre_hook(sees_probes(lambda *_: change(1))),
+            module.register_forward_hook(sees_probes(lambda *_: change(-1)), always_call=True),
         ]
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

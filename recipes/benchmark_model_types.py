@@ -82,6 +82,8 @@ SMALL: dict[str, Any] = {
     "qk_rope_head_dim": 16,
     "qk_nope_head_dim": 16,
     "v_head_dim": 32,
+    # Embeddings of another width.
+    **dict.fromkeys(("input_embedding_size", "output_embedding_size"), HIDDEN),
 }
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "mask_token_id", "sep_token_id")
 
@@ -227,6 +229,7 @@ def try_type(kind: str) -> dict[str, Any]:
             name, most = max(left.by_module.items(), key=lambda each: each[1])
             owner = type(razor.get_submodule(name)).__name__
             row["rest"] = f"{name or 'the model itself'} ({owner}), {100 * most / left.total:.0f} %"
+        row["cosine"] = _cosine(step(razor, batch)[1], expected)
         stage = "compact"
         try:
             compact = get_razor_model(copy.deepcopy(model), RazorConfig.preset("compact"))
@@ -254,6 +257,14 @@ def _deviation(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return max((found[name] - grad).abs().max().item() for name, grad in expected.items()) / (most or 1.0)
 
 
+def _cosine(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    pairs = [(found[name].flatten().double(), grad.flatten().double()) for name, grad in expected.items()]
+    product, a, b = (
+        sum(float(x @ y) for x, y in each) for each in (pairs, [(x, x) for x, _ in pairs], [(y, y) for _, y in pairs])
+    )
+    return product / ((a * b) ** 0.5 or 1.0)
+
+
 def isolated(kind: str, seconds: float) -> dict[str, Any]:
     """`try_type` in a process of its own, as some types end it or take for ever."""
     context = multiprocessing.get_context("fork")
@@ -275,8 +286,8 @@ def _send(kind: str, sender: Connection) -> None:
 
 
 HEADER = (
-    "| type | class | dense, MiB | forward | gradients | balanced | compact | rest |",
-    "|---|---|---|---|---|---|---|---|",
+    "| type | class | dense, MiB | forward | gradients | balanced | cosine | compact | rest |",
+    "|---|---|---|---|---|---|---|---|---|",
 )
 
 
@@ -285,6 +296,7 @@ def line(row: dict[str, Any]) -> str:
     cells = [row["type"], row["class"], f"{row['dense_mib']:.1f}"]
     cells += ["equal" if row.get("forward") else "**differs**", f"{row.get('gradients', float('nan')):.0e}"]
     cells.append(f"{row['balanced']:.1f}" if "balanced" in row else "-")
+    cells.append(f"{row['cosine']:.3f}" if "cosine" in row else "-")
     cells.append(f"{row['compact']:.1f}" if row.get("compact") else "-")
     cells.append(row.get("error") or row.get("rest", ""))
     return "| " + " | ".join(cells) + " |"
@@ -299,6 +311,9 @@ def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield ""
     yield f"{len(ran)} types ran, {sum('error' in row for row in ran)} with an error of razor's"
     yield f"forward equal: {sum(bool(row.get('forward')) for row in ran)}"
+    cosines = [row["cosine"] for row in ran if "cosine" in row]
+    if cosines:
+        yield f"cosine of the gradient of balanced: median {statistics.median(cosines):.3f}, lowest {min(cosines):.3f}"
     yield f"gradients within 1e-4: {sum(row.get('gradients', 1) < 1e-4 for row in ran)}"
     for name, factors in (("balanced", balanced), ("compact", compact)):
         if factors:

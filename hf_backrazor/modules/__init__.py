@@ -23,6 +23,7 @@ from .lm_head import RazorLMHead
 from .norm import RazorLayerNorm, RazorRMSNorm
 from .padding import RazorZeroPad
 from .pooling import RazorAveragePool2d, RazorMaxPool2d
+from .probe import sees_probes
 from .recomputed import RazorRecomputed
 
 OPERATORS: tuple[type[RazorModule], ...] = (
@@ -69,5 +70,6 @@ __all__ = [
     "RazorZeroPad",
     "find_blocks",
     "running_sums",
+    "sees_probes",
     "stack_blocks",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from transformers import Cache, EncoderDecoderCache
 from transformers.utils import logging
 
@@ -73,7 +74,8 @@ Changes = tuple[tuple[str, ...], tuple[tuple[str, str], ...]]
 
 
 class State:
-    """What a module's forward may change beside its result: buffers, and attributes such as a recurrent state.
+    """What a module's forward reads and may change beside its arguments: buffers, and attributes such as a recurrent
+    state; and whether it is in training.
 
     Args:
         module: whose state it is, as it is now.
@@ -82,6 +84,7 @@ class State:
 
     def __init__(self, module: nn.Module, changes: Changes | None = None) -> None:
         self._module = module
+        self._modes = [(inner, inner.training) for inner in module.modules()]
         names, attributes = changes or (tuple(name for name, _ in module.named_buffers()), None)
         # By their values: batch norms change their statistics without a new version.
         self._buffers = {name: module.get_buffer(name).clone() for name in names}
@@ -94,9 +97,14 @@ class State:
         """Inside this context the module has this state; afterwards, the one that it has now."""
         present = {name: self._swap_buffer(name, value.clone()) for name, value in self._buffers.items()}
         attributes = {each: self._swap_attribute(each, value) for each, value in self._attributes.items()}
+        modes = [(inner, inner.training) for inner, _ in self._modes]
         try:
+            for inner, training in self._modes:
+                inner.training = training
             yield
         finally:
+            for inner, training in modes:
+                inner.training = training
             for name, value in present.items():
                 self._swap_buffer(name, value)
             for each, value in attributes.items():
@@ -116,9 +124,8 @@ class State:
     def changed(self) -> Changes:
         """Names of the buffers, and the attributes, that are others now."""
         now = State(self._module)
-        buffers = (
-            name for name, x in self._buffers.items() if not x.is_meta and not torch.equal(now._buffers[name], x)
-        )
+        real = {name: x for name, x in self._buffers.items() if not (x.is_meta or is_fake(x))}
+        buffers = (name for name, x in real.items() if not torch.equal(now._buffers[name], x))
         held = {**dict.fromkeys(self._attributes, _ABSENT), **now._attributes}
         return tuple(buffers), tuple(each for each, x in held.items() if x is not self._attributes.get(each, _ABSENT))
 

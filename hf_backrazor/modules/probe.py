@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -22,6 +22,8 @@ class _State(threading.local):
         self.operators = 0
         self.dense = 0
 
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 _state = _State()
 _NOTHING = nullcontext()
@@ -56,6 +58,19 @@ def _operator() -> Iterator[None]:
         _state.operators -= 1
 
 
+def sees_probes(hook: Hook) -> Hook:
+    """Mark a forward hook, or one that runs before a forward, that does no harm if it runs for a probe as well."""
+    hook.razor_sees_probes = True  # type: ignore[attr-defined]
+    return hook
+
+
+def has_hooks_inside(module: nn.Module) -> bool:
+    """Whether modules in `module` have forward hooks that may not run once more: one may collect outputs for a loss."""
+    inside = (inner for inner in module.modules() if inner is not module)
+    hooks = (hook for inner in inside for hook in (*inner._forward_hooks.values(), *inner._forward_pre_hooks.values()))
+    return not all(getattr(hook, "razor_sees_probes", False) for hook in hooks)
+
+
 class Probe:
     """What one forward of a module shows.
 
@@ -64,7 +79,7 @@ class Probe:
         inputs: what the module computes from.
 
     Attributes:
-        loose_bytes: of the tensors that autograd saved for operators that razor has none for.
+        loose_bytes: of the tensors that autograd saved for operators that razor has none for, without indices.
         packed_bytes: of those that razor's operators saved.
         branches: whether what the module does, or the shapes in it, depend on the values of what it computes.
 
@@ -105,7 +120,7 @@ class Probe:
             size = x.untyped_storage().nbytes()
             if _state.operators:
                 self.packed_bytes += size
-            else:
+            elif x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
                 self.loose_bytes += size
         with torch._C.DisableTorchFunctionSubclass():
             x = x.detach()

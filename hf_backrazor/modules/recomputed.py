@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -27,7 +28,7 @@ from ..functional.stream import StoredInput
 from ..packing import PackSpec
 from .again import Changes, State, argument_names, is_mask, without_caches
 from .base import RazorModule
-from .probe import Probe, dense, operator_running
+from .probe import Probe, dense, has_hooks_inside, operator_running
 
 # 8 bits, with some elements exact, have a cosine of 0.9999: what is computed from them is right but for that.
 INPUT_BITS = 8
@@ -85,11 +86,13 @@ class RazorRecomputed(RazorModule):
 
         @functools.wraps(extended.forward)
         def forward(self: RazorRecomputed, *args: Any, **kwargs: Any) -> Any:
+            if not self.training or self.razor_decision.again is False:
+                return extended.forward(self, *args, **kwargs)
             return _forward(self, functools.partial(extended.forward, self), args, kwargs)
 
         if issubclass(extended, RazorModule):
             return {"forward": forward, "kind": extended.kind}
-        # Nothing here that the compiler could not read, but for a forward that razor leaves as it is then.
+        # The compiler reads the forward of a module that is not computed again.
         return {"forward": forward, "__call__": extended.__call__}
 
     def razor_repr(self) -> str:
@@ -100,22 +103,23 @@ class RazorRecomputed(RazorModule):
 
 
 # Functions, as the class that is extended may have methods of any name.
+@torch.compiler.disable(reason="packed tensors are stored")
 def _forward(
     module: RazorRecomputed, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """What `function`, the forward of what was extended, returns; computed again in backward if that is worth it."""
-    if torch.compiler.is_compiling() or not module.training:
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    if in_checkpoint() or not module.razor_active(*tensors, *module.parameters()):
         return function(*args, **kwargs)
     decision = module.razor_decision
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    if decision.again is False or in_checkpoint() or not module.razor_active(*tensors, *module.parameters()):
-        return function(*args, **kwargs)
+    if decision.again is None and any(map(is_fake, tensors)):
+        decision = Decision()  # of an estimate, where there are no values to look at
     names = argument_names(module.plain_class)
     arguments = without_caches(module, names, args, kwargs, warns=decision.again is True)
     if arguments is None:
         return function(*args, **kwargs)
-    if decision.again is None:
-        _decide(module, function, *arguments)
+    if decision.again is None and not has_hooks_inside(module):
+        _decide(decision, module, function, *arguments)
     if not decision.again:
         return function(*args, **kwargs)
     args, kwargs = arguments
@@ -123,16 +127,21 @@ def _forward(
     masks = [value for name, value in given.items() if is_mask(name, value)]
     plain = functools.partial(_plainly, function)
     again = functools.partial(State(module, decision.changing).call, plain)
-    packed = [(x, StoredInput(0, pack_whole(x, spec)).unpack) for x, spec in _packed_inputs(module, args, kwargs)]
+    packed = [
+        (x, StoredInput(0, pack_whole(x, spec)).unpack) for x, spec in _packed_inputs(decision, module, args, kwargs)
+    ]
     with operator_running():
         return packed_checkpoint(plain, args, kwargs, packed, masks, again)
 
 
 def _decide(
-    module: RazorRecomputed, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    decision: Decision,
+    module: RazorRecomputed,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> None:
     """Run the module, and see what that saves."""
-    decision = module.razor_decision
     tensors = {id(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}.values()
     inputs = [x for x in tensors if x.requires_grad]
     probe = Probe([*module.parameters(), *module.buffers(), *(x for x in tensors if not x.requires_grad)], inputs)
@@ -142,17 +151,17 @@ def _decide(
             function(*args, **kwargs)
         decision.changing = before.changed()
     decision.loose_bytes, decision.exact = probe.loose_bytes, probe.branches
-    specs = {id(x): spec for x, spec in _packed_inputs(module, args, kwargs)}
+    specs = {id(x): spec for x, spec in _packed_inputs(decision, module, args, kwargs)}
     stored = sum(_stored_bytes(x, specs.get(id(x))) for x in inputs)
     decision.again = probe.loose_bytes > max(WORTH * stored, probe.packed_bytes, module.razor_config.min_numel)
 
 
 def _packed_inputs(
-    module: RazorRecomputed, args: tuple[Any, ...], kwargs: dict[str, Any]
+    decision: Decision, module: RazorRecomputed, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Iterator[tuple[Tensor, PackSpec]]:
     """Those among the arguments that are stored packed, and how."""
     config = module.razor_config
-    if config.activation_bits == 32 or not config.sparsity or module.razor_decision.exact:
+    if config.activation_bits == 32 or not config.sparsity or decision.exact:
         return
     for x in {id(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}.values():
         if x.requires_grad and x.dim() > 1 and module.worth_packing(x):
