@@ -182,7 +182,7 @@ def get_razor_model(model: Model, config: RazorConfig | None = None) -> Model:
             f"no module of this {type(model).__name__} that can be replaced is matched by " + "; ".join(unmatched)
         )
     choice.keep_targets(config)
-    if not (choice.operators or choice.blocks):
+    if not (choice.operators or choice.composites or choice.blocks):
         raise ValueError(
             f"nothing to replace in this {type(model).__name__}: it has no layer of a kind that razor handles"
             + (" among those targeted" if config.target_modules or config.exclude_modules else "")
