@@ -25,6 +25,7 @@ from .modules import (
     RazorRecomputed,
     stack_blocks,
 )
+from .modules.base import whole_shape
 from .targets import matches_target
 
 
@@ -184,9 +185,10 @@ def _heads(model: nn.Module) -> set[nn.Module | None]:
         # In PEFT's `modules_to_save` each adapter has a copy, beside the original.
         copies = getattr(head, "modules_to_save", None)
         heads |= {head} if copies is None else {head.original_module, *copies.values()}
-    # FSMT names an embedding, whose weight a linear layer shares.
-    tied = {id(head.weight) for head in heads if isinstance(head, nn.Embedding)}
-    return heads | {module for module in model.modules() if id(module._parameters.get("weight")) in tied}
+    # FSMT names an embedding: the head is the linear layer of that shape, whether it shares the weight or not.
+    shapes = {whole_shape(head.weight) for head in heads if isinstance(head, nn.Embedding)}
+    linears = (module for module in model.modules() if isinstance(module, nn.Linear))
+    return heads | {module for module in linears if shapes and whole_shape(module.weight) in shapes}
 
 
 def _enumerate(names: list[str], limit: int = 5) -> str:

@@ -32,7 +32,7 @@ def batch_norm(
     """`torch.nn.functional.batch_norm` with x_hat or x packed.
 
     Args:
-        x: `(batch, channels, *spatial)`, float.
+        x: `(batch, channels, *spatial)`, float; or `(tokens, channels)`, of which x_hat is stored by channels.
         running_mean: `(channels,)`, or None; changed in place if `training`.
         running_var: as `running_mean`.
         weight: gamma, `(channels,)`, or None.
@@ -49,7 +49,7 @@ def batch_norm(
     from_input = pack_shared(x, spec) if stores == "input" else None
     statistics = (running_mean, running_var, training, momentum, eps)
     y, *parts = _BatchNorm.apply(x, weight, bias, statistics, spec, from_input)
-    if parts:
+    if parts and x.dim() > 2:
         note_affine(y, sparse_layout(x.shape, x.dtype, spec), parts, weight, bias, of_channels=True)
     return y
 
@@ -121,8 +121,9 @@ class _BatchNorm(torch.autograd.Function):
             ctx.layout = packed_input.layout
             ctx.save_for_backward(weight, rstd, mean, *saved_parts(x, packed_input))
             return (y,)
-        per_row = (*x.shape[:2], *(1,) * (x.dim() - 2))
-        packed = pack(x, spec, _of_channels(mean, x).expand(per_row), _of_channels(rstd, x).expand(per_row))
+        maps = _as_maps(x)
+        per_row = (*maps.shape[:2], *(1,) * (maps.dim() - 2))
+        packed = pack(maps, spec, _of_channels(mean, maps).expand(per_row), _of_channels(rstd, maps).expand(per_row))
         ctx.layout = packed.layout
         ctx.save_for_backward(weight, rstd, *packed.parts)
         ctx.mark_non_differentiable(*packed.parts)
@@ -143,8 +144,9 @@ class _BatchNorm(torch.autograd.Function):
             scale = rstd if gamma is None else rstd * gamma
             grad_input, grad_weight, grad_bias = batch_norm_gradients(grad, x_hat, scale, ctx.training)
         else:
-            grads = packed_batch_norm_gradients(grad, ctx.layout, parts, rstd, gamma, ctx.training)
+            grads = packed_batch_norm_gradients(_as_maps(grad), ctx.layout, parts, rstd, gamma, ctx.training)
             grad_input, grad_weight, grad_bias = grads
+            grad_input = grad_input if grad.dim() > 2 else grad_input.squeeze(0).t()
         return (
             grad_input.to(ctx.input_dtype) if needs_x else None,
             grad_weight.to(weight.dtype) if needs_weight else None,
@@ -153,6 +155,11 @@ class _BatchNorm(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _as_maps(x: Tensor) -> Tensor:
+    """`x`; of tokens, one map a channel."""
+    return x if x.dim() > 2 else x.t().unsqueeze(0).contiguous()
 
 
 def _of_channels(x: Tensor, like: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ..functional import batch_norm
-from .base import RazorModule, describe, map_norm_spec
+from ..packing import PackSpec
+from .base import RazorModule, describe, is_pooled, map_norm_spec
 
 
 class RazorBatchNorm(RazorModule):
@@ -30,7 +31,7 @@ class RazorBatchNorm(RazorModule):
         # With one value a channel torch refuses to take statistics.
         one_value = input.dim() > 1 and input.numel() == input.shape[1]
         if (
-            input.dim() < 3
+            input.dim() < 2
             or one_value
             or not self.razor_active(input, parameters=("weight", "bias"))
             or not self.worth_packing(input)
@@ -45,6 +46,8 @@ class RazorBatchNorm(RazorModule):
         by_batch = self.training or self.running_mean is None
         update = not self.training or self.track_running_stats
         config = self.razor_config
+        # Of a few samples, what is left of the gradient is a small difference.
+        spec = PackSpec() if is_pooled(input) else map_norm_spec(config, max(1, input.dim() - 2))
         return batch_norm(
             input,
             self.running_mean if update else None,
@@ -54,7 +57,7 @@ class RazorBatchNorm(RazorModule):
             by_batch,
             momentum,
             self.eps,
-            map_norm_spec(config, input.dim() - 2),
+            spec,
             stores=config.norm,
         )
 

@@ -40,8 +40,8 @@ class RazorLayerNorm(RazorModule):
 class RazorRMSNorm(RazorModule):
     """`nn.RMSNorm` and the RMSNorms that Transformers defines in each architecture's own file.
 
-    They are known by what they compute: a module whose name ends in "Norm", with one vector for its weight, is tried
-    on random numbers against the definition of RMSNorm.
+    They are known by what they compute: a module whose name ends in "Norm", with one vector for its weight or nothing
+    to train, is tried on random numbers against the definition of RMSNorm.
     """
 
     kind = "norm"
@@ -73,13 +73,14 @@ class RazorRMSNorm(RazorModule):
         """As the plain module; saves x_hat or `input` packed. Further arguments (Mamba-2's gate) leave it dense."""
         # Its own forward reads the weight once more, which would compute a parametrized one twice.
         # An input of another width than the weight's is broadcast.
-        plain = others or named or self.is_parametrized() or input.shape[-1:] != self.weight.shape
-        if plain or not self.razor_active(input, parameters=("weight",)) or not self.worth_packing(input):
+        weight = self._parameters.get("weight")
+        plain = others or named or self.is_parametrized() or (weight is not None and input.shape[-1:] != weight.shape)
+        if plain or not self.razor_active(input, weight) or not self.worth_packing(input):
             return super().forward(input, *others, **named)
         config = self.razor_config
         return rms_norm(
             input,
-            self.weight,
+            weight,
             self.razor_epsilon,
             norm_spec(config),
             stores=config.norm,
@@ -95,9 +96,15 @@ def _looks_like_norm(module: nn.Module) -> bool:
     return (
         type(module).__name__.endswith("Norm")
         and not any(True for _ in module.children())
-        and list(parameters) == ["weight"]
-        and len(whole_shape(parameters["weight"])) == 1
+        and list(parameters) in ([], ["weight"])
+        and len(_width(module)) == 1
     )
+
+
+def _width(module: nn.Module) -> torch.Size:
+    """Shape of the module's weight; without one, that of what it takes, or any."""
+    weight = module._parameters.get("weight")
+    return torch.Size(getattr(module, "normalized_shape", (16,))) if weight is None else whole_shape(weight)
 
 
 def _probe(module: nn.Module) -> tuple[float, float | None] | None:
@@ -111,8 +118,9 @@ def _probe(module: nn.Module) -> tuple[float, float | None] | None:
     known = torch.finfo(torch.float32).eps if epsilon is None else float(epsilon)
     # Explicitly on the CPU and in float32, whatever the defaults are just now.
     with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        generator, shape = torch.Generator("cpu").manual_seed(0), whole_shape(module.weight)
+        generator, shape = torch.Generator("cpu").manual_seed(0), _width(module)
         weight = torch.rand(shape, generator=generator, dtype=torch.float32)
+        weight = weight if "weight" in dict(module.named_parameters(recurse=False)) else torch.ones_like(weight)
         offsets = [0.0, 1.0]
         # In several shapes, so that what is normalised over another dimension shows.
         for sizes in ((2,), (2, 3), (3, 1, 2)):
@@ -135,7 +143,7 @@ def _stand_in(module: nn.Module, weight: Tensor) -> nn.Module:
     buffers = {name: None if b is None else torch.zeros(b.shape, dtype=b.dtype) for name, b in module._buffers.items()}
     stand_in.__dict__ = {
         **module.__dict__,
-        "_parameters": {"weight": nn.Parameter(weight.clone())},
+        "_parameters": {name: nn.Parameter(weight.clone()) for name, _ in module.named_parameters(recurse=False)},
         "_buffers": buffers,
         "training": True,
     }
