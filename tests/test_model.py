@@ -758,3 +758,15 @@ def test_importing_the_package_is_light() -> None:
         "assert not heavy, heavy; import torch; assert not torch.cuda.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "vit", "resnet"])
+def test_models_export_in_eval_mode(name: str) -> None:
+    """Strictly: in one graph, by the compiler's tracing."""
+    model, batch = make(name)
+    get_razor_model(model).eval()
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    model.config.use_cache = False
+    torch._dynamo.reset()
+    exported = torch.export.export(model, (), inputs, strict=True)
+    assert torch.equal(exported.module()(**inputs).logits, model(**inputs).logits)

@@ -64,8 +64,9 @@ class RazorAttention(RazorModule):
 
     @property
     def config(self) -> Any:
-        """The model's config, with this module's attention function in it."""
-        return _ConfigView(self.__dict__["config"])
+        """The model's config; in training, with this module's attention function in it."""
+        config = self.__dict__["config"]
+        return _ConfigView(config) if self.training else config
 
     @config.setter
     def config(self, config: Any) -> None:

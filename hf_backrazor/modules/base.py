@@ -87,13 +87,19 @@ class RazorModule(Extension, _Module):
         for name in [name for name in self.__dict__ if name.startswith("razor_")]:
             del self.__dict__[name]
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the plain module's."""
+        # Outside of training it is the plain module, which the compiler and `torch.export` can trace.
+        if torch.compiler.is_compiling() and not (self.training and self.razor_enabled):
+            return super().__call__(*args, **kwargs)
+        return self._razor_call(super().__call__, args, kwargs)
+
     # The compiler breaks its graph here, and the module does what it does without it. It could trace one module, not
     # which of them share a tensor.
     @torch.compiler.disable(reason="razor modules share packed tensors")
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the plain module's."""
+    def _razor_call(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with without_own_calls(), self._as_operator():
-            return super().__call__(*args, **kwargs)
+            return call(*args, **kwargs)
 
     def _as_operator(self) -> AbstractContextManager:
         """What the module saves is what its operator saves, and no loose tensor, unless code of its own runs in it."""
@@ -109,7 +115,7 @@ class RazorModule(Extension, _Module):
         return self.training and self._saves_for(tensors, parameters)
 
     def _saves_for(self, tensors: Sequence[Tensor | None], parameters: Sequence[str]) -> bool:
-        if not (self.razor_enabled and torch.is_grad_enabled()) or is_dense():
+        if not (self.razor_enabled and torch.is_grad_enabled()) or is_dense() or torch.compiler.is_compiling():
             return False
         if not (any(x is not None and x.requires_grad for x in tensors) or any(map(self._trains, parameters))):
             return False
