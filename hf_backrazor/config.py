@@ -100,8 +100,10 @@ class RazorConfig(PushToHubMixin):
             `"int8"`; never wider than the tensor itself. `"auto"`: the tensor's own dtype at sparsity 0 or if
             it has 16 bits, bfloat16 if it has more. `"float16"`: magnitudes above 65504 become infinite, and show
             in the gradient. `"int8"`: with one scale per set that top-k runs over.
-        attention: `"recompute"` stores q, k, v in `qkv_bits` and computes probabilities again in backward;
-            `"sparse"`, the paper's, stores probabilities, q, k, v sparse and ignores `qkv_bits`.
+        attention: `"recompute"` stores q, k, v in `qkv_bits` and computes probabilities again in backward; and modules
+            that save much which no operator takes, such as attention that is written out, are computed again from their
+            inputs in 8 bits. `"sparse"`, the paper's, stores probabilities, q, k, v sparse, ignores `qkv_bits`, and
+            computes nothing again.
         qkv_bits: bits for q, k, v: 4 or 8 (a code for the deviation from the mean over tokens, one scale per head
             and token; at 4 bits with the elements beyond `sparsity` exact), 16 (half precision) or 32 (unchanged).
         activation_bits: bits an element for the input of an activation function, from which its derivative and its

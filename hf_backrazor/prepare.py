@@ -101,7 +101,8 @@ def choose_operators(
         elif operator is not None and not name:
             choice.dense["its forward is that of the model itself"].append(type(module).__name__)
             continue
-        if (operator is None or operator.runs_own_code) and name and _may_recompute(module, heads):
+        own_code = operator is None or operator.runs_own_code
+        if own_code and name and config.attention == "recompute" and _may_recompute(module, heads):
             choice.composites[name] = module
         if operator is not None and not runs_its_class(module):
             choice.dense["its forward was replaced on the instance"].append(name)

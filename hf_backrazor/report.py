@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from .modules import OPERATORS, RazorModule, running_sums, sees_probes
+from .saved_tensors import noting_saved
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ def recording_saved_bytes(model: nn.Module, known: Iterable[Tensor]) -> Iterator
 
     before = running_sums(model)
     saved = SavedBytes({}, {})
-    with _following(model, running), _noting_saved(note, known):
+    with _following(model, running), noting_saved(note, known):
         yield saved
     for stream, (name, nbytes) in running_sums(model).items():
         if nbytes and stream not in before:
@@ -208,49 +207,12 @@ def counting_saved_bytes(model: nn.Module, batch: Any) -> Iterator[list[int]]:
         sizes.append(nbytes)
         return lambda: sizes.remove(nbytes)
 
-    with _noting_saved(note, _there_before(model, batch)):
+    with noting_saved(note, _there_before(model, batch)):
         yield sizes
 
 
 def _there_before(model: nn.Module, batch: Any) -> list[Tensor]:
     return [*model.parameters(), *model.buffers(), *(x for x in tree_leaves(batch) if isinstance(x, Tensor))]
-
-
-@contextmanager
-def _noting_saved(note: Callable[[Tensor], Callable[[], None]], known: Iterable[Tensor]) -> Iterator[None]:
-    """Inside this context `note` is called for every tensor that is saved and not `known`, once for each storage.
-
-    What it returns is called if the storage dies inside of the context, with the part of the graph that held it: DoRA
-    drops some of what its forward saves. Another storage may then come to lie at the same address.
-    """
-    seen = {_storage_key(x) for x in known}
-    watched: list[weakref.finalize] = []
-
-    def pack(x: Tensor) -> Tensor:
-        if (key := _storage_key(x)) not in seen:
-            seen.add(key)
-            watched.append(weakref.finalize(x.untyped_storage(), _forget, seen, key, note(x)))
-        if not x.requires_grad:
-            return x
-        # Not itself: an operator's own output would keep its graph alive, and the graph the output.
-        with torch._C.DisableTorchFunctionSubclass():
-            return x.detach()
-
-    try:
-        with saved_tensors_hooks(pack, lambda x: x):
-            yield
-    finally:
-        for each in watched:
-            each.detach()
-
-
-def _forget(seen: set[int], key: int, uncount: Callable[[], None]) -> None:
-    seen.discard(key)
-    uncount()
-
-
-def _storage_key(x: Tensor) -> int:
-    return x.untyped_storage()._cdata
 
 
 @contextmanager

@@ -322,7 +322,7 @@ def test_a_linear_layer_of_another_kind_is_named() -> None:
             return torch.addmm(self.bias, x, self.weight.t())
 
     with pytest.warns(UserWarning, match="Odd has a forward of its own: 1"):
-        get_razor_model(nn.Sequential(nn.Linear(4, 4), Odd(4, 4)))
+        get_razor_model(nn.Sequential(nn.Linear(4, 4), Odd(4, 4)), RazorConfig.preset("paper"))
 
 
 def test_activation_checkpointing_gets_a_notice_and_the_same_gradients() -> None:
@@ -564,7 +564,7 @@ def test_attention_that_takes_other_paths_by_name_is_left_alone_and_named() -> N
     tokens = torch.randint(64, (2, 9))
     expected = dense(tokens).logits
     with pytest.warns(UserWarning, match="takes other paths by the name of its attention function: model.layers.0"):
-        razor = get_razor_model(dense, RazorConfig.preset("lossless"))
+        razor = get_razor_model(dense, RazorConfig.preset("paper"))
     assert torch.equal(razor(tokens).logits, expected)
 
 

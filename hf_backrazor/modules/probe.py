@@ -9,9 +9,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..saved_tensors import noting_saved
 
 
 class _State(threading.local):
@@ -85,55 +87,41 @@ class Probe:
 
     Example:
         >>> probe = Probe(module.parameters(), [x])
-        >>> with probe:
-        ...     module(x)
+        >>> with probe.watching():
+        ...     result = module(x)
         >>> probe.loose_bytes
     """
 
     def __init__(self, known: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
         self.loose_bytes = self.packed_bytes = 0
         self.branches = False
-        self._seen = {_storage_key(x) for x in known}
-        # So that no other tensor comes to lie where one was.
-        self._alive: list[Tensor] = []
+        self._known = list(known)
         self._branching = _Branching(self, inputs)
 
-    def __enter__(self) -> Probe:
-        self._hooks = saved_tensors_hooks(self._pack, _unpack)
-        self._branching.__enter__()
-        self._hooks.__enter__()
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside this context the module is to run once; what it returns has to live until the context ends."""
         # An operator that this probe is inside of has nothing to do with it.
-        self._operators, _state.operators = _state.operators, 0
+        operators, _state.operators = _state.operators, 0
         _state.probes += 1
-        return self
+        try:
+            with self._branching, noting_saved(self._note, self._known):
+                yield
+        finally:
+            _state.probes -= 1
+            _state.operators = operators
 
-    def __exit__(self, *exception: Any) -> None:
-        _state.probes -= 1
-        _state.operators = self._operators
-        self._hooks.__exit__(*exception)
-        self._branching.__exit__(*exception)
-        self._alive.clear()
+    def _note(self, x: Tensor) -> Callable[[], None]:
+        size = x.untyped_storage().nbytes()
+        if _state.operators:
+            self.packed_bytes += size
+        elif x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+            self.loose_bytes += size
+            return lambda: self._forget(size)
+        return lambda: None
 
-    def _pack(self, x: Tensor) -> Tensor:
-        if (key := _storage_key(x)) not in self._seen:
-            self._seen.add(key)
-            size = x.untyped_storage().nbytes()
-            if _state.operators:
-                self.packed_bytes += size
-            elif x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-                self.loose_bytes += size
-        with torch._C.DisableTorchFunctionSubclass():
-            x = x.detach()
-        self._alive.append(x)
-        return x
-
-
-def _unpack(x: Tensor) -> Tensor:
-    return x
-
-
-def _storage_key(x: Tensor) -> int:
-    return x.untyped_storage()._cdata
+    def _forget(self, size: int) -> None:
+        self.loose_bytes -= size
 
 
 # Their result, or its shape, is what values say.
@@ -152,7 +140,8 @@ class _Branching(TorchFunctionMode):
     def __init__(self, probe: Probe, inputs: Iterable[Tensor]) -> None:
         super().__init__()
         self._probe = probe
-        self._computed: dict[int, Tensor] = {id(x): x for x in inputs}
+        # Weakly, as what dies with its part of the graph is not saved in the end.
+        self._computed: WeakTensorKeyDictionary = WeakTensorKeyDictionary(dict.fromkeys(inputs, True))
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -168,9 +157,9 @@ class _Branching(TorchFunctionMode):
                 self._probe.branches = True
         for x in tree_leaves(result):
             if isinstance(x, Tensor):
-                self._computed[id(x)] = x
+                self._computed[x] = True
         return result
 
     def _is_computed(self, x: Tensor) -> bool:
         # What autograd functions return is seen by its graph alone.
-        return x.grad_fn is not None or id(x) in self._computed
+        return x.grad_fn is not None or x in self._computed

@@ -109,7 +109,9 @@ def _forward(
 ) -> Any:
     """What `function`, the forward of what was extended, returns; computed again in backward if that is worth it."""
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    if in_checkpoint() or not module.razor_active(*tensors, *module.parameters()):
+    # In the paper's form nothing is computed again.
+    kept = module.razor_config.attention == "sparse" or in_checkpoint()
+    if kept or not module.razor_active(*tensors, *module.parameters()):
         return function(*args, **kwargs)
     decision = module.razor_decision
     if decision.again is None and any(map(is_fake, tensors)):
@@ -144,11 +146,15 @@ def _decide(
     """Run the module, and see what that saves."""
     tensors = {id(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}.values()
     inputs = [x for x in tensors if x.requires_grad]
-    probe = Probe([*module.parameters(), *module.buffers(), *(x for x in tensors if not x.requires_grad)], inputs)
+    # DoRA is given the layer that it belongs to.
+    modules = [module, *(x for x in tree_leaves((args, kwargs)) if isinstance(x, nn.Module))]
+    there = [x for each in modules for x in (*each.parameters(), *each.buffers())]
+    probe = Probe([*there, *(x for x in tensors if not x.requires_grad)], inputs)
     before = State(module)
     with before.restored():
-        with _random_state(tensors), probe:
-            function(*args, **kwargs)
+        with _random_state(tensors), probe.watching():
+            result = function(*args, **kwargs)
+        del result
         decision.changing = before.changed()
     decision.loose_bytes, decision.exact = probe.loose_bytes, probe.branches
     specs = {id(x): spec for x, spec in _packed_inputs(decision, module, args, kwargs)}
@@ -161,7 +167,7 @@ def _packed_inputs(
 ) -> Iterator[tuple[Tensor, PackSpec]]:
     """Those among the arguments that are stored packed, and how."""
     config = module.razor_config
-    if config.activation_bits == 32 or not config.sparsity or decision.exact:
+    if config.activation_bits > 8 or not config.sparsity or decision.exact:
         return
     for x in {id(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}.values():
         if x.requires_grad and x.dim() > 1 and module.worth_packing(x):
@@ -170,8 +176,6 @@ def _packed_inputs(
 
 def _spec(module: RazorRecomputed, x: Tensor) -> PackSpec:
     config = module.razor_config
-    if config.activation_bits == 16:
-        return PackSpec(value_dtype="float16")
     row_dims = x.dim() - 2 if x.dim() > 3 and _has_convolutions(module, x.dim() - 2) else 1
     return PackSpec(config.sparsity, "row", INPUT_BITS, config.value_dtype, row_dims=row_dims)
 
@@ -205,9 +209,7 @@ def _random_state(tensors: Iterable[Tensor]) -> AbstractContextManager:
 
 
 def _stored_bytes(x: Tensor, spec: PackSpec | None) -> float:
-    if spec is None:
-        return x.numel() * x.element_size()
-    return x.numel() * (spec.bits / 8 if spec.bits else 2)
+    return x.numel() * (x.element_size() if spec is None else spec.bits / 8)
 
 
 def _has_convolutions(module: nn.Module, dimensions: int) -> bool:

@@ -1,0 +1,48 @@
+"""What autograd saves for backward, as it does so."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+
+@contextmanager
+def noting_saved(note: Callable[[Tensor], Callable[[], None]], known: Iterable[Tensor]) -> Iterator[None]:
+    """Inside this context `note` is called for every tensor that is saved and not `known`, once for each storage.
+
+    What it returns is called if the storage dies inside of the context, with the part of the graph that held it: DoRA
+    drops some of what its forward saves. Another storage may then come to lie at the same address.
+    """
+    seen = {_storage_key(x) for x in known}
+    watched: list[weakref.finalize] = []
+
+    def pack(x: Tensor) -> Tensor:
+        if (key := _storage_key(x)) not in seen:
+            seen.add(key)
+            watched.append(weakref.finalize(x.untyped_storage(), _forget, seen, key, note(x)))
+        if not x.requires_grad:
+            return x
+        # Not itself: an operator's own output would keep its graph alive, and the graph the output.
+        with torch._C.DisableTorchFunctionSubclass():
+            return x.detach()
+
+    try:
+        with saved_tensors_hooks(pack, lambda x: x):
+            yield
+    finally:
+        for each in watched:
+            each.detach()
+
+
+def _forget(seen: set[int], key: int, uncount: Callable[[], None]) -> None:
+    seen.discard(key)
+    uncount()
+
+
+def _storage_key(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
