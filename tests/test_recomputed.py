@@ -176,7 +176,8 @@ def test_inputs_are_exact_where_values_decide_what_a_module_does() -> None:
     expected = gradients(model, x)
     get_razor_model(model)
     gradients(model, x)
-    assert again(model) == ["inner"] and model.inner.razor_decision.exact
+    assert again(model) == ["inner"]
+    assert model.inner.razor_decision.exact
     torch.testing.assert_close(gradients(model, x)["inner.up"], expected["inner.up"], rtol=1e-4, atol=1e-4)
 
 
@@ -186,7 +187,8 @@ def test_inputs_are_packed_where_indices_are_arguments() -> None:
     expected = gradients(model, x, expert)
     get_razor_model(model)
     assert cosine(gradients(model, x, expert), expected) > 0.99
-    assert again(model) == ["inner"] and not model.inner.razor_decision.exact
+    assert again(model) == ["inner"]
+    assert not model.inner.razor_decision.exact
 
 
 def test_users_hooks_inside_run_once() -> None:
@@ -262,7 +264,8 @@ def test_the_plain_classes_come_back() -> None:
     get_razor_model(model).train()
     model(**batch)
     attention = model.model.layers[0].self_attn
-    assert isinstance(attention, RazorRecomputed) and attention.kind == "attention"
+    assert isinstance(attention, RazorRecomputed)
+    assert attention.kind == "attention"
     model.remove_razor()
     assert [type(module) for module in model.modules()] == classes
     assert not any(name.startswith("razor_") for module in model.modules() for name in vars(module))
