@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import linecache
+import os
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,8 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .modules import OPERATORS, RazorModule, running_sums, sees_probes
+from .modules import OPERATORS, RazorModule, RazorRecomputed, running_sums, sees_probes
 from .saved_tensors import noting_saved
+
+# Where a module saves less than so many times less with razor, a report names the line.
+FEW = 6
 
 
 @dataclass(frozen=True)
@@ -24,10 +30,12 @@ class SavedBytes:
         by_module: module name -> bytes saved while that module (and none inside it) was running. `""` is the model
             itself, where a loss is computed.
         elements: module name -> elements of the tensors saved there.
+        by_line: module name -> line of code -> bytes saved there by operators that are none of razor's.
     """
 
     by_module: dict[str, int]
     elements: dict[str, int]
+    by_line: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -45,6 +53,8 @@ class ModuleMemory:
         dense_bytes: saved for backward without razor.
         razor_bytes: saved for backward with razor.
         elements: of the tensors that are saved without razor.
+        line: where with razor most of it is saved that no operator of razor takes, if that is most of all: file, number
+            and text of the line.
     """
 
     name: str
@@ -52,6 +62,7 @@ class ModuleMemory:
     dense_bytes: int
     razor_bytes: int
     elements: int
+    line: str | None = None
 
     @property
     def bits_per_element(self) -> float | None:
@@ -80,7 +91,10 @@ class MemoryReport:
         for name, module in model.named_modules():
             dense_bytes, razor_bytes = dense.by_module.get(name, 0), razor.by_module.get(name, 0)
             if dense_bytes or razor_bytes:
-                rows.append(ModuleMemory(name, _kind(module), dense_bytes, razor_bytes, dense.elements.get(name, 0)))
+                line, most = max(razor.by_line.get(name, {}).items(), key=lambda each: each[1], default=(None, 0))
+                line = line if 2 * most > razor_bytes else None
+                elements = dense.elements.get(name, 0)
+                rows.append(ModuleMemory(name, _kind(module), dense_bytes, razor_bytes, elements, line))
         return cls(rows)
 
     @property
@@ -135,7 +149,10 @@ class MemoryReport:
         listed = self.modules
         if modules is not None:
             listed = sorted(self.modules, key=lambda row: -row.razor_bytes)[:modules]
-        return _table("saved for backward", kinds) + "\n\n" + _table("by module" if modules is None else "most", listed)
+        tables = [_table("saved for backward", kinds), _table("by module" if modules is None else "most", listed)]
+        if dense := [row for row in listed if row.line is not None and row.dense_bytes < FEW * row.razor_bytes]:
+            tables.append("\n".join(["saved as it is", *(f"{row.name or '(model)'}  {row.line}" for row in dense)]))
+        return "\n\n".join(tables)
 
     def __str__(self) -> str:
         return self.to_string()
@@ -170,14 +187,18 @@ def recording_saved_bytes(model: nn.Module, known: Iterable[Tensor]) -> Iterator
     """
     by_module: dict[str, int] = defaultdict(int)
     elements: dict[str, int] = defaultdict(int)
+    by_line: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     running: list[str] = [""]
 
     def note(x: Tensor) -> Callable[[], None]:
         name, nbytes, size = running[-1], x.untyped_storage().nbytes(), x.element_size()
+        line = _line_that_runs()
 
         def count(sign: int) -> None:
             by_module[name] += sign * nbytes
             elements[name] += sign * (nbytes // size)
+            if line is not None:
+                by_line[name][line] += sign * nbytes
 
         count(1)
         return lambda: count(-1)
@@ -191,6 +212,24 @@ def recording_saved_bytes(model: nn.Module, known: Iterable[Tensor]) -> Iterator
             by_module[name] += nbytes
     saved.by_module.update(by_module)
     saved.elements.update(elements)
+    saved.by_line.update({name: dict(lines) for name, lines in by_line.items()})
+
+
+def _line_that_runs() -> str | None:
+    """File, number and text of the line outside of torch and razor that runs; None while an operator of razor does."""
+    for frame, number in traceback.walk_stack(None):
+        file = frame.f_code.co_filename
+        if file.startswith(_OPERATORS):
+            return None
+        if not file.startswith(_PACKAGES) and file != _CONTEXTS:
+            return f"{os.path.basename(file)}:{number}: {linecache.getline(file, number).strip()}"
+    return None
+
+
+_RAZOR = os.path.join(os.path.dirname(__file__), "")
+_OPERATORS = os.path.join(_RAZOR, "functional", "")
+_PACKAGES = (_RAZOR, os.path.join(os.path.dirname(torch.__file__), ""))
+_CONTEXTS = contextmanager.__code__.co_filename
 
 
 @contextmanager
@@ -255,6 +294,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def _kind(module: nn.Module) -> str:
+    if isinstance(module, RazorRecomputed) and module.kind == "recomputed" and not module.razor_decision.again:
+        return "other"
     if isinstance(module, RazorModule):
         return module.kind
     return next((operator.kind for operator in OPERATORS if operator.handles(module)), "other")

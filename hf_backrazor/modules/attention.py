@@ -11,11 +11,13 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from transformers import AttentionInterface
@@ -38,10 +40,15 @@ _LOOKUP = re.compile(r"get_interface\(\s*self\.config\._attn_implementation\s*,\
 
 
 class RazorAttention(RazorModule):
-    """A Transformers attention module that calls its attention function through `AttentionInterface`."""
+    """A Transformers attention module that calls its attention function through `AttentionInterface`.
+
+    Attributes:
+        razor_scores: whether q and k need more than 4 bits.
+    """
 
     kind = "attention"
     runs_own_code = True
+    razor_scores: Scores
 
     @classmethod
     def handles(cls, module: nn.Module) -> bool:
@@ -62,6 +69,12 @@ class RazorAttention(RazorModule):
             return f"{type(module).__name__} does not call its attention function through AttentionInterface"
         return None
 
+    @classmethod
+    def install(cls, module: nn.Module, config: RazorConfig) -> None:
+        """See `RazorModule.install`."""
+        super().install(module, config)
+        module.razor_scores = Scores()
+
     @property
     def config(self) -> Any:
         """The model's config; in training, with this module's attention function in it."""
@@ -78,6 +91,34 @@ class RazorAttention(RazorModule):
         if config.attention == "sparse":
             return f"{describe(input_spec(config))} of q, k, v, probabilities"
         return f"razor=q, k, v in {config.qkv_bits} bits"
+
+
+class Scores:
+    """What the first forward of an attention module shows of its scores. Replicas of a model share it.
+
+    Errors of q and k in 4 bits change a score by a tenth of what scores differ by, and probabilities by the exponential
+    of that. SmolLM2-135M's scores have a standard deviation of 1.1 to 3.5, by layer. Of Gemma 4, whose scores are
+    products of normalised vectors that nothing divides by the root of their length, it is 5.7 at the start with heads
+    of 32: the gradient's cosine is 0.56 from 4 bits, and 0.98 from 8.
+    """
+
+    SHARP = 4.0
+
+    def __init__(self) -> None:
+        self.deviation: float | None = None
+
+    def are_sharp(self, query: Tensor, key: Tensor, kwargs: Mapping[str, Any]) -> bool:
+        """Whether they differ too much for q and k in 4 bits; the host waits for the answer, once."""
+        if self.deviation is None:
+            if is_fake(query) or query.is_meta:
+                return False
+            scaling = kwargs.get("scaling")
+            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            # What all keys have in common changes no probability.
+            q, k = query.detach().float(), key.detach().float()
+            squares = q.square().mean() * (k - k.mean(-2, keepdim=True)).square().mean() * query.shape[-1]
+            self.deviation = float(scaling * squares.sqrt())
+        return self.deviation > self.SHARP
 
 
 class _ConfigView:
@@ -143,6 +184,8 @@ def _packed_attention(
     bound = [_PLACE if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     attend = partial(_attend, function, module, tuple(parameters), bound, tree)
     spec = input_spec(config) if config.attention == "sparse" else _qkv_spec(config)
+    if spec.bits == 4 and config.attention == "recompute" and module.razor_scores.are_sharp(query, key, kwargs):
+        spec = replace(spec, sparsity=1.0, bits=8, rotated=False)
     random = bool(kwargs.get("dropout"))
     return recomputed_attention(attend, query, key, value, others, spec, random), None
 
