@@ -85,6 +85,34 @@ def test_attention_that_is_written_out_is_computed_again() -> None:
     assert cosine(found, expected) > 0.99
 
 
+class OfTorch(nn.Module):
+    """Layers of torch that compute more than one thing."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        layers = {"attention": lambda: nn.MultiheadAttention(32, 4, dropout=0.1, batch_first=True)}
+        layers |= {"lstm": lambda: nn.LSTM(32, 32, num_layers=2, dropout=0.1, batch_first=True)}
+        layers |= {"gru": lambda: nn.GRU(32, 32, batch_first=True)}
+        self.before, self.layer, self.after = nn.Linear(32, 32), layers[kind](), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.before(x)
+        return self.after(self.layer(*[hidden] * (3 if isinstance(self.layer, nn.MultiheadAttention) else 1))[0])
+
+
+@pytest.mark.parametrize("kind", ["attention", "lstm", "gru"])
+def test_layers_of_torch_without_an_operator(kind: str) -> None:
+    model, x = OfTorch(kind).train(), torch.randn(2, 64, 32)
+    dense = measure_saved_bytes(model, x=x).total
+    expected = gradients(model, x)
+    razor = get_razor_model(copy.deepcopy(model), LOSSLESS)
+    assert_close(gradients(razor, x), expected)
+    assert again(razor) == ["layer"]
+    razor = get_razor_model(copy.deepcopy(model))
+    assert measure_saved_bytes(razor, x=x).total < dense / 4
+    assert cosine(gradients(razor, x), expected) > 0.99
+
+
 def cosine(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     a, b = (torch.cat([grads[name].flatten() for name in expected]) for grads in (found, expected))
     return F.cosine_similarity(a, b, dim=0).item()

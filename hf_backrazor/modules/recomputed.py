@@ -69,6 +69,8 @@ class RazorRecomputed(RazorModule):
     @classmethod
     def handles(cls, module: nn.Module) -> bool:
         """See `RazorModule.handles`: modules with code of their own, up to the layers that models are stacks of."""
+        if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+            return True
         containers = (PreTrainedModel, nn.ModuleList, nn.ModuleDict, nn.Sequential)
         if type(module).__module__.startswith("torch.") or isinstance(module, containers):
             return False
