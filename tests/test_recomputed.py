@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,14 @@ import torch.nn.functional as F
 from architectures import ARCHITECTURES, make
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import FalconConfig, FalconForCausalLM, XLMConfig, XLMWithLMHeadModel
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    XLMConfig,
+    XLMWithLMHeadModel,
+)
 
 from hf_backrazor import RazorConfig, get_razor_model
 from hf_backrazor.estimate import estimate_saved_bytes
@@ -241,6 +249,29 @@ def test_leaving_training_before_backward_does_not_change_the_gradient() -> None
     loss.backward()
     assert_close({name: p.grad for name, p in model.named_parameters()}, expected)
     assert not any(module.training for module in model.modules())
+
+
+def test_backward_uses_the_weights_that_the_forward_was_called_with() -> None:
+    model, x = Wrapped(WrittenOut(dropout=0.0)).train(), torch.randn(2, 64, 32)
+    others = {name: (p.detach() * 1.5).requires_grad_() for name, p in model.named_parameters()}
+    expected = torch.autograd.grad(torch.func.functional_call(model, others, (x,)).square().sum(), others.values())
+    get_razor_model(model, LOSSLESS)
+    model(x)
+    assert again(model) == ["inner"]
+    loss = torch.func.functional_call(model, others, (x,)).square().sum()
+    for found, grad in zip(torch.autograd.grad(loss, others.values()), expected, strict=True):
+        torch.testing.assert_close(found, grad, rtol=1e-4, atol=1e-3)
+    assert not any(p is other for p, other in zip(model.parameters(), others.values(), strict=True))
+
+
+def test_no_warning_for_tied_embeddings_of_their_own_kind() -> None:
+    settings = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    config = Gemma2Config(vocab_size=64, num_hidden_layers=1, **settings)
+    model = get_razor_model(Gemma2ForCausalLM(config).train())
+    ids = torch.randint(64, (2, 16))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(ids, labels=ids, use_cache=False)
 
 
 def test_the_output_may_be_changed_in_place() -> None:

@@ -74,8 +74,8 @@ Changes = tuple[tuple[str, ...], tuple[tuple[str, str], ...]]
 
 
 class State:
-    """What a module's forward reads and may change beside its arguments: buffers, and attributes such as a recurrent
-    state; and whether it is in training.
+    """What a module's forward reads beside its arguments: parameters, buffers, attributes such as a recurrent state,
+    and whether it is in training. Of what the forward itself changes there are copies.
 
     Args:
         module: whose state it is, as it is now.
@@ -85,6 +85,11 @@ class State:
     def __init__(self, module: nn.Module, changes: Changes | None = None) -> None:
         self._module = module
         self._modes = [(inner, inner.training) for inner in module.modules()]
+        # `torch.func.functional_call` may have put others in their place. Accelerate's hooks bring offloaded ones, and
+        # take them away.
+        inside = [inner for inner in module.modules() if "_hf_hook" not in inner.__dict__]
+        held = [each for inner in inside for each in (inner._parameters, inner._buffers)]
+        self._tensors = [(tensors, dict(tensors)) for tensors in held if tensors]
         names, attributes = changes or (tuple(name for name, _ in module.named_buffers()), None)
         # By their values: batch norms change their statistics without a new version.
         self._buffers = {name: module.get_buffer(name).clone() for name in names}
@@ -95,6 +100,9 @@ class State:
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Inside this context the module has this state; afterwards, the one that it has now."""
+        tensors = [(now, dict(now)) for now, before in self._tensors]
+        for now, before in self._tensors:
+            now.update(before)
         present = {name: self._swap_buffer(name, value.clone()) for name, value in self._buffers.items()}
         attributes = {each: self._swap_attribute(each, value) for each, value in self._attributes.items()}
         modes = [(inner, inner.training) for inner, _ in self._modes]
@@ -109,6 +117,8 @@ class State:
                 self._swap_buffer(name, value)
             for each, value in attributes.items():
                 self._swap_attribute(each, value)
+            for now, before in tensors:
+                now.update(before)
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`function(*args, **kwargs)` in this state."""

@@ -94,8 +94,12 @@ class RazorRecomputed(RazorModule):
 
         if issubclass(extended, RazorModule):
             return {"forward": forward, "kind": extended.kind}
-        # The compiler reads the forward of a module that is not computed again.
-        return {"forward": forward, "__call__": extended.__call__}
+
+        def __call__(self: RazorRecomputed, *args: Any, **kwargs: Any) -> Any:
+            # The compiler reads the forward of a module that is not computed again.
+            return extended.__call__(self, *args, **kwargs)
+
+        return {"forward": forward, "__call__": __call__}
 
     def razor_repr(self) -> str:
         """See `RazorModule.razor_repr`."""
