@@ -342,9 +342,40 @@ _CONVOLUTIONAL = {
 ARCHITECTURES |= _CONVOLUTIONAL
 
 
+# Models most of which is computed again, as no operator takes it.
+RECOMPUTED: dict[str, Any] = {
+    "falcon": (
+        hf.FalconForCausalLM,
+        lambda: hf.FalconConfig(
+            vocab_size=VOCABULARY, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, use_cache=False
+        ),
+        _language,
+    ),
+    "mamba": (
+        hf.MambaForCausalLM,
+        lambda: hf.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, use_cache=False),
+        _unpadded,
+    ),
+    "mixtral": (
+        hf.MixtralForCausalLM,
+        lambda: hf.MixtralConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=48,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            use_cache=False,
+        ),
+        _language,
+    ),
+}
+
+
 def make(name: str, attention: str = "sdpa") -> tuple[PreTrainedModel, Batch]:
     """A freshly initialised model in training mode, and a batch for it."""
-    model_class, config, batch = ARCHITECTURES[name]
+    model_class, config, batch = (ARCHITECTURES | RECOMPUTED)[name]
     implementation = attention if model_class._supports_sdpa else "eager"
     settings = config()
     if getattr(settings, "backbone_config", None) is not None:  # convolutional ones know no attention

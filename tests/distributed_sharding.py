@@ -99,6 +99,7 @@ CASES = [
     *((name, sharding, "lossless") for name in ("gpt2", "llama") for sharding in OF_HEADS),
     *((WITH_LORA, sharding, config) for sharding in ("layers", "Accelerate") for config in ("balanced", "compact")),
     *((name, "layers", "compact") for name in MODELS),
+    *(("falcon", sharding, config) for sharding in ("layers", "Accelerate") for config in ("lossless", "balanced")),
 ]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from architectures import ARCHITECTURES, make
+from architectures import ARCHITECTURES, RECOMPUTED, Batch, make
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -360,6 +360,34 @@ def test_a_model_that_is_compiled_from_the_start() -> None:
         found = gradients(compiled, x)
         assert_close({name.removeprefix("_orig_mod."): grad for name, grad in found.items()}, expected)
     assert again(model) == ["inner"]
+
+
+@pytest.mark.filterwarnings("ignore:saved dense")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_language_models(name: str, dtype: torch.dtype) -> None:
+    model, batch = make(name)
+    model.to(dtype)
+    dense = measure_saved_bytes(model, **batch).total
+    expected, grads = step(copy.deepcopy(model), batch)
+    razor = get_razor_model(copy.deepcopy(model), LOSSLESS)
+    output, found = step(razor, batch)
+    assert torch.equal(output, expected)
+    assert cosine(found, grads) > 0.99999
+    razor = get_razor_model(copy.deepcopy(model))
+    output, found = step(razor, batch)
+    assert torch.equal(output, expected)
+    assert again(razor)
+    assert cosine(found, grads) > 0.97
+    assert measure_saved_bytes(razor, **batch).total < dense / (4 if dtype == torch.bfloat16 else 6)
+
+
+def step(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    torch.manual_seed(7)
+    output = model(**batch)
+    output.loss.backward()
+    logits = output.logits.detach().clone()
+    return logits, {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def falcon(**changes: Any) -> FalconForCausalLM:
