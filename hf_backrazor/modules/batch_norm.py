@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from ..config import RazorConfig
 from ..functional import batch_norm
 from ..packing import PackSpec
 from .base import RazorModule, describe, is_pooled, map_norm_spec
@@ -28,11 +29,8 @@ class RazorBatchNorm(RazorModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """As the plain module; saves x_hat or `input` packed, or nothing if statistics and weight are fixed."""
-        # With one value a channel torch refuses to take statistics.
-        one_value = input.dim() > 1 and input.numel() == input.shape[1]
         if (
-            input.dim() < 2
-            or one_value
+            not has_statistics(input)
             or not self.razor_active(input, parameters=("weight", "bias"))
             or not self.worth_packing(input)
         ):
@@ -46,8 +44,6 @@ class RazorBatchNorm(RazorModule):
         by_batch = self.training or self.running_mean is None
         update = not self.training or self.track_running_stats
         config = self.razor_config
-        # Of a few samples, what is left of the gradient is a small difference.
-        spec = PackSpec() if is_pooled(input) else map_norm_spec(config, max(1, input.dim() - 2))
         return batch_norm(
             input,
             self.running_mean if update else None,
@@ -57,10 +53,21 @@ class RazorBatchNorm(RazorModule):
             by_batch,
             momentum,
             self.eps,
-            spec,
+            batch_norm_spec(config, input),
             stores=config.norm,
         )
 
     def razor_repr(self) -> str:
         """See `RazorModule.razor_repr`."""
         return f"{describe(map_norm_spec(self.razor_config, 2))} of {self.razor_config.norm}"
+
+
+def has_statistics(x: Tensor) -> bool:
+    """Whether `x` has channels, and more than one value in each; of one torch refuses to take statistics."""
+    return x.dim() > 1 and x.numel() != x.shape[1]
+
+
+def batch_norm_spec(config: RazorConfig, x: Tensor) -> PackSpec:
+    """How a batch norm of `x` packs what it stores."""
+    # Of a few samples, what is left of the gradient is a small difference.
+    return PackSpec() if is_pooled(x) else map_norm_spec(config, max(1, x.dim() - 2))

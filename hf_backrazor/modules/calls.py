@@ -23,6 +23,7 @@ from ..functional import (
     activation,
     adaptive_average_pool2d,
     average_pool2d,
+    batch_norm,
     convolution,
     convolution_same,
     dropout,
@@ -40,6 +41,7 @@ from ..functional.layouts import ActivatedLayout
 from ..functional.scaling import rows_of_scaling
 from ..functional.sharing import origin_of
 from .base import RazorModule, activation_bits, input_spec, linear_spec, map_norm_spec, norm_spec, product_spec
+from .batch_norm import batch_norm_spec, has_statistics
 from .resized_logits import LazyResizedLogits, resizes_logits
 
 
@@ -141,6 +143,26 @@ def _group_norm(
     config = module.razor_config
     spec = map_norm_spec(config, input.dim() - 2)
     return group_norm(input, num_groups, weight, bias, eps, spec, stores=config.norm)
+
+
+def _batch_norm(
+    module: RazorModule,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    # With fixed statistics, missing ones are for torch to refuse.
+    missing = not training and (running_mean is None or running_var is None)
+    if missing or not has_statistics(input) or not _saves(module, input, weight, bias):
+        return NotImplemented
+    config = module.razor_config
+    spec = batch_norm_spec(config, input)
+    return batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, spec, stores=config.norm)
 
 
 def _max_pool2d(
@@ -250,6 +272,7 @@ CALLS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.conv3d: _convolution(3),
     F.layer_norm: _layer_norm,
     F.group_norm: _group_norm,
+    F.batch_norm: _batch_norm,
     F.max_pool2d: _max_pool2d,
     F.avg_pool2d: _average_pool2d,
     F.adaptive_avg_pool2d: _adaptive_average_pool2d,

@@ -31,7 +31,7 @@ _CALLED = {
     ),
     "linear": re.compile(_FUNCTIONAL + r"linear\("),
     "convolution": re.compile(_FUNCTIONAL + r"conv[123]d\(|\b_conv_forward\("),
-    "norm": re.compile(_FUNCTIONAL + r"(?:layer|group)_norm\("),
+    "norm": re.compile(_FUNCTIONAL + r"(?:layer|group|batch)_norm\("),
     "pooling": re.compile(_FUNCTIONAL + r"(?:max|avg|adaptive_avg)_pool2d\("),
     "padding": re.compile(_FUNCTIONAL + r"pad\(|\bapply_tf_padding\("),  # the latter in MobileNets
 }
@@ -39,7 +39,13 @@ _SUPER = re.compile(r"\bsuper\(\)\.forward\(")
 _PRODUCT = re.compile(r"[^*]\*\s*[\w(]|\bmul(?:tiply)?\(")
 
 # Layers whose forward is one call; a subclass with a forward of its own makes it through `super()`.
-_LAYERS = {nn.LayerNorm: "norm", nn.GroupNorm: "norm", nn.Linear: "linear", nn.modules.conv._ConvNd: "convolution"}
+_LAYERS = {
+    nn.LayerNorm: "norm",
+    nn.GroupNorm: "norm",
+    nn.modules.batchnorm._BatchNorm: "norm",
+    nn.Linear: "linear",
+    nn.modules.conv._ConvNd: "convolution",
+}
 
 
 class RazorInline(RazorModule):

@@ -26,6 +26,7 @@ from ..functional.checkpoint import packed_checkpoint
 from ..functional.sharing import pack_whole
 from ..functional.stream import StoredInput
 from ..packing import PackSpec
+from .adapter import RazorAdapter
 from .again import Changes, State, argument_names, is_mask, without_caches
 from .base import RazorModule
 from .probe import Probe, dense, has_hooks_inside, operator_running
@@ -197,7 +198,8 @@ def _holds_stack(module: nn.Module) -> bool:
 
 
 def _is_composite(module: nn.Module) -> bool:
-    """Whether this is a layer with weights that is none of torch's."""
+    """Whether this is a layer with weights that is none of torch's, adapters aside."""
+    module = module.get_base_layer() if RazorAdapter.handles(module) else module
     own = not type(module).__module__.startswith("torch.")
     return (own or any(map(_is_composite, module.children()))) and any(p.dim() > 1 for p in module.parameters())
 
