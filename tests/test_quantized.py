@@ -129,7 +129,7 @@ def test_checkpoints_drop_what_a_layer_in_8_bits_keeps() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 256), Block(), nn.Linear(256, 4))
     expected = {name: g.clone() for name, g in gradients(model, x).items()}
-    get_razor_model(model, RazorConfig.preset("compact", recompute_modules=["Block"], stream_bits=32))
+    get_razor_model(model, RazorConfig.preset("lossless", recompute="blocks", recompute_modules=["Block"]))
     # The block's input, and that of the last layer.
     assert live_after_forward(model, x) < 3 * 512 * 256 * 4
     for name, grad in gradients(model, x).items():
