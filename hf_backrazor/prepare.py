@@ -22,6 +22,7 @@ from .modules import (
     RazorLMHead,
     RazorModule,
     RazorOutermost,
+    RazorQuantizedLinear,
     RazorRecomputed,
     stack_blocks,
 )
@@ -81,7 +82,8 @@ def choose_operators(
     Args:
         model: the model.
         config: its settings.
-        blocks: modules that are computed again as a whole, by their names; what is inside of them is left.
+        blocks: modules that are computed again as a whole, by their names; what is inside of them is left, but for
+            layers that keep their input for themselves.
         outermost: the model itself, and the one that PEFT has wrapped in it.
     """
     choice = Choice(blocks=dict(blocks or {}))
@@ -91,7 +93,7 @@ def choose_operators(
     for name, module in model.named_modules():
         if isinstance(module, RazorModule) and not runs_its_class(module):
             choice.dense["its forward was replaced on the instance"].append(name)
-        if isinstance(module, RazorModule) or id(module) in within:
+        if isinstance(module, RazorModule) or (id(module) in within and not RazorQuantizedLinear.keeps_input(module)):
             continue
         operator = next((operator for operator in OPERATORS if operator.handles(module)), None)
         if module in heads and RazorLMHead.handles(module):
@@ -107,6 +109,8 @@ def choose_operators(
         if operator is not None and not runs_its_class(module):
             choice.dense["its forward was replaced on the instance"].append(name)
         elif operator is not None and not can_extend(module, operator):
+            if operator.runs_own_code and _is_inside(name, choice.composites):
+                continue
             choice.dense["a class such as ABC or Generic comes first among the bases of its class"].append(name)
         elif operator is not None:
             choice.operators[name] = (module, operator)

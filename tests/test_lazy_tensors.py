@@ -225,7 +225,7 @@ def retained_gradient(z: Tensor) -> Tensor:
 
 
 def gradient_by_the_logits(z: Tensor) -> Tensor:
-    (grad,) = torch.autograd.grad(z.logsumexp(classes_of(z)).mean(), z, create_graph=True)
+    (grad,) = torch.autograd.grad(z.softmax(classes_of(z)).log().mean(), z, create_graph=True)
     return cross_entropy(z) + grad.pow(2).sum()
 
 
@@ -261,6 +261,15 @@ def entropy(z: Tensor) -> Tensor:
 def sampled_policy(z: Tensor) -> Tensor:
     """As policy gradients take them."""
     return F.log_softmax(z, classes_of(z)).gather(classes_of(z), labels_of(z).view(ITEMS, -1, 1)[..., :1]).mean()
+
+
+def chosen(z: Tensor) -> Tensor:
+    labels = labels_of(z).view(ITEMS, -1, 1) if z.dim() == 3 else labels_of(z).unsqueeze(1)
+    return (z / 2).gather(classes_of(z), labels).tanh().mean()
+
+
+def normalised(z: Tensor) -> Tensor:
+    return z.logsumexp(classes_of(z)).square().mean()
 
 
 def bounded(z: Tensor) -> Tensor:
@@ -306,7 +315,16 @@ WAYS: dict[str, Callable[[Tensor], Tensor]] = {
             *(metrics_in_a_checkpoint, with_penalty, written_by_index, written_through_a_view, multiplied_in_place),
             *(added_through_a_transposed_view, index_put, written_without_gradients, written_through_data),
             *(written_through_numpy, hook, hook_after_the_view, hook_of_the_node, retained_gradient),
-            *(gradient_by_the_logits, differentiated_twice, metrics_before, distilled, entropy, bounded),
+            *(
+                gradient_by_the_logits,
+                differentiated_twice,
+                metrics_before,
+                distilled,
+                entropy,
+                bounded,
+                chosen,
+                normalised,
+            ),
             *(bounded_in_place, mapped, in_chunks, compiled),
         )
     },
@@ -362,6 +380,14 @@ def test_backward_hooks_of_the_head(name: str, register: str) -> None:
 
 
 # When it is too late
+
+
+@pytest.mark.parametrize("way", [chosen, normalised])
+def test_a_gradient_that_never_arrives_is_an_error_after_parts_of_a_loss(way: Callable[[Tensor], Tensor]) -> None:
+    z = razor("gpt2")(input_ids=inputs()).logits
+    loss = way(z)
+    with pytest.raises(RuntimeError, match=r"comes too late: a loss of the .*logits"):
+        torch.autograd.grad(loss, z)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "segmentation"])

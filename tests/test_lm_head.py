@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_backrazor import RazorConfig, get_razor_model, measure_saved_bytes
-from hf_backrazor.functional import linear_cross_entropy
+from hf_backrazor.functional import linear_cross_entropy, linear_gather
 from hf_backrazor.modules.lm_head import LazyLogits
 
 TOKENS, FEATURES, CLASSES = 10, 5, 23
@@ -275,6 +275,83 @@ def test_trainers_label_smoothing_does_without_logits(shift: bool, tiles: str) -
         torch.testing.assert_close(smoothed(), expected)
     if tiles == "many tiles":
         assert 3 * (19 if shift else 20) * 200 not in watch.numels
+
+
+@pytest.mark.parametrize("chosen", [1, 3])
+def test_gradcheck_of_chosen_outputs(chosen: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = __import__("sys").modules["hf_backrazor.functional.linear_gather"]
+    monkeypatch.setattr(module, "CHUNK_NUMEL", 4 * FEATURES * chosen)  # the last slice of tokens is smaller
+    hidden, weight, bias, _ = case()
+    index = torch.randint(0, CLASSES, (TOKENS, chosen))
+    torch.testing.assert_close(
+        linear_gather(hidden, weight, bias, index), F.linear(hidden, weight, bias).gather(-1, index)
+    )
+    assert gradcheck(lambda h, w, b: linear_gather(h, w, b, index), (hidden, weight, bias))
+    assert gradcheck(lambda h, w: linear_gather(h, w, None, index), (hidden, weight))
+    assert gradcheck(lambda h: linear_gather(h, weight.detach(), None, index), (hidden,))
+
+
+def selective_log_softmax(logits: Tensor, index: Tensor, temperature: float) -> Tensor:
+    """As TRL computes it."""
+    logits = logits / temperature
+    if logits.dtype == torch.float32:
+        selected = torch.gather(logits, dim=-1, index=index)
+        return selected - torch.stack([torch.logsumexp(each, dim=-1) for each in logits]).unsqueeze(-1)
+    rows = []
+    for each, labels in zip(logits, index, strict=True):
+        rows.append(F.log_softmax(each, dim=-1).gather(dim=-1, index=labels))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("chosen", [1, 3])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_log_probabilities_of_chosen_tokens_do_without_logits(name: str, chosen: int) -> None:
+    model, batch = make(name)
+    labels = batch.pop("labels").unsqueeze(-1).expand(-1, -1, chosen)
+    labels = (labels.clamp(min=0) + torch.arange(chosen)) % 200
+    vocabulary = model.config.vocab_size
+
+    def log_probabilities() -> dict[str, Tensor]:
+        torch.manual_seed(1)
+        logits = model(**batch).logits
+        found = selective_log_softmax(logits[:, :-1], labels[:, 1:], temperature=0.7)
+        loss = (found * torch.linspace(-1, 1, found.numel()).view(found.shape)).sum()
+        model.zero_grad()
+        loss.backward()
+        return {"": found.detach(), **{key: p.grad.clone() for key, p in model.named_parameters()}}
+
+    expected = log_probabilities()
+    get_razor_model(model, RazorConfig.preset("lossless"))
+    watch = TensorSizes()
+    with watch:
+        found = log_probabilities()
+    for key, value in expected.items():
+        assert torch.linalg.vector_norm(found[key] - value) <= 1e-5 * torch.linalg.vector_norm(value), key
+    tokens = labels[:, :, 0].numel()
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        selective_log_softmax(model(**batch).logits[:, :-1], labels[:, 1:], temperature=0.7)
+    assert max(saved) >= 200  # something is saved
+    assert not {tokens * vocabulary, (tokens - labels.shape[0]) * vocabulary} & set(saved)
+
+
+def test_log_probabilities_under_autocast() -> None:
+    model, batch = make("llama")
+    labels = batch.pop("labels").clamp(min=0).unsqueeze(-1)
+
+    def log_probabilities(widen: bool) -> Tensor:
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(**batch).logits
+            logits = logits.float() if widen else logits
+            return selective_log_softmax(logits, labels, temperature=1.0)
+
+    expected = [log_probabilities(widen) for widen in (True, False)]
+    get_razor_model(model, RazorConfig.preset("lossless"))
+    for widen, values in zip((True, False), expected, strict=True):
+        found = log_probabilities(widen)
+        assert found.dtype == values.dtype
+        torch.testing.assert_close(found, values, rtol=2e-2, atol=2e-2)
 
 
 def test_computing_the_logits_whole_is_noticed(caplog: pytest.LogCaptureFixture) -> None:

@@ -12,6 +12,7 @@ from .group_norm import group_norm
 from .interpolated_cross_entropy import Resizing, interpolated_cross_entropy
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
+from .linear_gather import linear_gather
 from .norm import layer_norm, rms_norm
 from .padding import zero_pad
 from .pooling import Averaging, Window, adaptive_average_pool2d, average_pool2d, max_pool2d
@@ -36,6 +37,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "linear_gather",
     "max_pool2d",
     "product",
     "recomputed_attention",

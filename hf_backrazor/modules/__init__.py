@@ -24,9 +24,11 @@ from .norm import RazorLayerNorm, RazorRMSNorm
 from .padding import RazorZeroPad
 from .pooling import RazorAveragePool2d, RazorMaxPool2d
 from .probe import sees_probes
+from .quantized import RazorQuantizedLinear
 from .recomputed import RazorRecomputed
 
 OPERATORS: tuple[type[RazorModule], ...] = (
+    RazorQuantizedLinear,
     RazorLinear,
     RazorConv1D,
     RazorLayerNorm,
@@ -65,6 +67,7 @@ __all__ = [
     "RazorMaxPool2d",
     "RazorModule",
     "RazorOutermost",
+    "RazorQuantizedLinear",
     "RazorRMSNorm",
     "RazorRecomputed",
     "RazorZeroPad",

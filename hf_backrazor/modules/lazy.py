@@ -188,7 +188,8 @@ class LazyTensor(Tensor):
             # Where an input has changed, elements that are there are still right, and others tell that.
             result = take(*args, **kwargs)
             if result is not NotImplemented:
-                if torch.is_grad_enabled() and result.requires_grad:
+                # Parts of this tensor are lazy as well.
+                if torch.is_grad_enabled() and isinstance(result, Tensor) and result.requires_grad:
                     self._pass_by()
                 return result
         if not _accepts(step, args, kwargs) or not self._as_described():

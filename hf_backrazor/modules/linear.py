@@ -29,7 +29,9 @@ class RazorLinear(RazorModule):
     @classmethod
     def cannot_handle(cls, module: nn.Module) -> str | None:
         """See `RazorModule.cannot_handle`."""
-        if isinstance(module, cls.plain_type) and type(module).forward is not cls.plain_type.forward:
+        # With a frozen weight it saves no input.
+        own = isinstance(module, cls.plain_type) and type(module).forward is not cls.plain_type.forward
+        if own and module.weight.requires_grad:
             return f"{type(module).__name__} has a forward of its own"
         return None
 

@@ -18,11 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from ..functional import linear_cross_entropy
+from ..functional import linear_cross_entropy, linear_gather
 from ..functional.precision import autocast_is_on, current_autocast, without_autocast
 from .elements import Computation
 from .lazy import Description, LazyTensor, widened_dtype
 from .linear import RazorLinear
+
+# Logits of a token that are computed by themselves; of more, all are.
+MOST_CHOSEN = 16
 
 
 class RazorLMHead(RazorLinear):
@@ -176,10 +179,27 @@ class Logits(Description):
             loss = linear_cross_entropy(
                 hidden, self.weight, self.bias, labels.reshape(-1), f, ignore_index, label_smoothing, reduction
             )
-        if loss.requires_grad:
+        return self._hooked(loss)
+
+    def chosen(self, index: Tensor, differentiable: bool) -> Tensor:
+        """The logits of the classes that `index`, `(..., chosen)`, names for each token."""
+        hidden = self.hidden.reshape(-1, self.hidden.shape[-1])
+        with self.autocast, torch.set_grad_enabled(torch.is_grad_enabled() and differentiable):
+            z = linear_gather(hidden, self.weight, self.bias, index.reshape(-1, index.shape[-1]))
+            return self._hooked(self.f(z).view(index.shape))
+
+    def logsumexp(self, differentiable: bool) -> Tensor:
+        """Of all classes, for each token, in float32 or wider."""
+        # A token's cross entropy is this less the logit of its label.
+        first = torch.zeros((*self.hidden.shape[:-1], 1), dtype=torch.int64, device=self.hidden.device)
+        loss = self.loss(first, torch.iinfo(torch.int64).min, 0.0, "none", differentiable)
+        return loss.view(first.shape[:-1]) + self.chosen(first, differentiable).squeeze(-1)
+
+    def _hooked(self, result: Tensor) -> Tensor:
+        if result.requires_grad:
             for hook in self.before_backward:
-                loss.register_hook(hook)
-        return loss
+                result.register_hook(hook)
+        return result
 
 
 @dataclass(frozen=True, eq=False)
@@ -313,6 +333,27 @@ def _gather(x: LazyLogits, dim: int, index: Tensor) -> Any:
     return x.description.of_labels(index, 0.0, x.requires_grad).to(x.dtype)
 
 
+def _chosen(x: LazyLogits, dim: int, index: Tensor) -> Any:
+    if dim not in (-1, x.dim() - 1) or index.shape[:-1] != x.shape[:-1] or index.shape[-1] > MOST_CHOSEN:
+        return NotImplemented
+    return x.description.chosen(index, x.requires_grad).to(x.dtype)
+
+
+def _logsumexp(x: LazyLogits, dim: Any, keepdim: bool = False) -> Any:
+    # In 16 bits torch rounds it, and whoever asks for it there wants that.
+    if dim not in (-1, x.dim() - 1, (-1,), [-1]) or x.dtype.itemsize < 4:
+        return NotImplemented
+    total = x.description.logsumexp(x.requires_grad).to(x.dtype)
+    return total.unsqueeze(-1) if keepdim else total
+
+
+def _unbind(x: LazyLogits, dim: int = 0) -> Any:
+    """Text by text, as a loop over logits goes."""
+    if dim != 0 or x.dim() < 3:
+        return NotImplemented
+    return tuple(x[i] for i in range(x.shape[0]))
+
+
 def _sum(x: LazyLogits, dim: Any = None, keepdim: bool = False, dtype: torch.dtype | None = None) -> Any:
     if dim not in (-1, x.dim() - 1):
         return NotImplemented
@@ -340,4 +381,9 @@ Logits.steps = {
     ),
     **dict.fromkeys((F.log_softmax, torch.log_softmax, Tensor.log_softmax), _log_softmax),
 }
-Logits.results = {F.cross_entropy: _cross_entropy}
+Logits.results = {
+    F.cross_entropy: _cross_entropy,
+    **dict.fromkeys((torch.gather, Tensor.gather), _chosen),
+    **dict.fromkeys((torch.logsumexp, Tensor.logsumexp, torch.special.logsumexp), _logsumexp),
+    **dict.fromkeys((torch.unbind, Tensor.unbind), _unbind),
+}
