@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures import ARCHITECTURES, make
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -25,7 +26,7 @@ from transformers import (
 
 from hf_backrazor import RazorConfig, get_razor_model
 from hf_backrazor.estimate import estimate_saved_bytes
-from hf_backrazor.modules import RazorModule, RazorRecomputed
+from hf_backrazor.modules import RazorModule, RazorRecomputed, probe
 from hf_backrazor.report import measure_saved_bytes
 
 LOSSLESS = RazorConfig.preset("lossless")
@@ -91,6 +92,59 @@ def test_attention_that_is_written_out_is_computed_again() -> None:
     assert measure_saved_bytes(razor, x=x).total < dense / 15
     found = gradients(razor, x)
     assert cosine(found, expected) > 0.99
+
+
+def test_looking_at_nested_modules_takes_no_power_of_their_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    plain = probe._Branching.__torch_function__
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(None)
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(probe._Branching, "__torch_function__", counted)
+    counts = []
+    for depth in (4, 8):
+        seen.clear()
+        inner: nn.Module = nn.Linear(32, 32)
+        for _ in range(depth):
+            inner = Wrapped(inner)
+        get_razor_model(nn.Sequential(inner)).train()(torch.randn(2, 64, 32))
+        counts.append(len(seen))
+    assert 0 < counts[1] < 8 * counts[0]  # the cube, and not 2**4 times
+
+
+class Modulated(nn.Module):
+    """A block of a diffusion transformer: what it multiplies by is computed from its second input."""
+
+    def __init__(self, dim: int = 32) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False)
+        self.net = nn.ModuleList([WrittenOut(dim, 0.0), nn.Linear(dim, dim)])
+        self.time = nn.Linear(dim, 3 * dim)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        shift, scale, gate = self.time(time)[:, None].chunk(3, -1)
+        hidden = self.norm(x) * (1 + scale) + shift
+        for layer in self.net:
+            hidden = layer(hidden) * gate
+        return x + hidden
+
+
+def test_layers_with_adapters_are_no_stack_of_layers() -> None:
+    model = nn.Sequential(Wrapped(Modulated()))
+    x, time = torch.randn(4, 64, 32), torch.randn(4, 32)
+    for adapters in (False, True):
+        subject = copy.deepcopy(model)[0]
+        if adapters:
+            subject = get_peft_model(subject, LoraConfig(r=4, target_modules=["qkv", "net.1", "time", "before"]))
+            for name, parameter in subject.named_parameters():
+                if "lora_B" in name:
+                    nn.init.normal_(parameter, std=0.1)
+        expected = gradients(subject, x, time)
+        razor = get_razor_model(copy.deepcopy(subject))
+        assert cosine(gradients(razor, x, time), expected) > 0.99
+        assert again(razor)[0].endswith("inner")
 
 
 class OfTorch(nn.Module):

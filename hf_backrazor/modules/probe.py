@@ -144,22 +144,32 @@ class _Branching(TorchFunctionMode):
         self._computed: WeakTensorKeyDictionary = WeakTensorKeyDictionary(dict.fromkeys(inputs, True))
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if not any(map(self._is_computed, tensors)):
-            return result
-        if func in _READS_VALUES or (func is torch.where and len(args) + len(kwargs) == 1):
-            self._probe.branches = True
-        elif func in _INDEXES:
-            index = [x for x in tree_leaves(args[1]) if isinstance(x, Tensor)]
-            if any(x.dtype == torch.bool and self._is_computed(x) for x in index):
-                self._probe.branches = True
-        for x in tree_leaves(result):
-            if isinstance(x, Tensor):
-                self._computed[x] = True
+        result = func(*args, **(kwargs or {}))
+        # Else each attribute that is read here goes through the probes around this one, which read some themselves.
+        with torch._C.DisableTorchFunction():
+            self._look(func, args, kwargs or {}, result)
         return result
+
+    def _look(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+        if not any(map(self._is_computed, _tensors(*args, *kwargs.values()))):
+            return
+        reads = func in _READS_VALUES or (func is torch.where and len(args) + len(kwargs) == 1)
+        index = _tensors(args[1]) if func in _INDEXES else ()
+        if reads or any(x.dtype == torch.bool and self._is_computed(x) for x in index):
+            self._probe.branches = True
+        for x in _tensors(result):
+            if x.grad_fn is None:
+                self._computed[x] = True
 
     def _is_computed(self, x: Tensor) -> bool:
         # What autograd functions return is seen by its graph alone.
         return x.grad_fn is not None or x in self._computed
+
+
+def _tensors(*values: Any) -> Iterator[Tensor]:
+    """The tensors among these, and in collections among these."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list, dict)):
+            yield from (x for x in tree_leaves(value) if isinstance(x, Tensor))
