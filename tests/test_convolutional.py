@@ -539,6 +539,52 @@ def test_dropped_maps_are_restored_for_a_convolution() -> None:
     assert (restored - z).square().mean() < 0.1 * z.square().mean()
 
 
+class NormAct(nn.BatchNorm2d):
+    """A batch norm that calls its function itself, or its base class, and then an activation function."""
+
+    def __init__(self, channels: int, inherits: bool) -> None:
+        super().__init__(channels)
+        self.inherits, self.act = inherits, nn.SiLU()
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.inherits:
+            return self.act(super().forward(input))
+        self.num_batches_tracked.add_(1)
+        statistics = self.running_mean, self.running_var
+        return self.act(F.batch_norm(input, *statistics, self.weight, self.bias, self.training, 0.1, self.eps))
+
+
+@pytest.mark.parametrize("inherits", [False, True])
+def test_a_batch_norm_in_code_of_its_own_is_packed(inherits: bool) -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 16, 1), NormAct(16, inherits), nn.Conv2d(16, 4, 1))
+    x = torch.randn(4, 3, 24, 24)
+    lossless, packed = (
+        get_razor_model(copy.deepcopy(plain), RazorConfig.preset(preset)) for preset in ("lossless", "balanced")
+    )
+    rows = {row.name: row for row in packed.memory_report(input=x).modules}
+    assert rows["1"].razor_bytes < 3.5 / 32 * rows["1"].dense_bytes
+    assert not packed[1].razor_decision.again
+    outputs = [model(x) for model in (plain, lossless, packed)]
+    for output in outputs:
+        assert torch.equal(output, outputs[0])
+        output.square().sum().backward()
+    for model in (lossless, packed):
+        assert all(map(torch.equal, model.buffers(), plain.buffers()))
+    for found, expected in zip(lossless.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-4)
+    for model in (plain, packed):
+        model.eval()
+    assert torch.equal(packed(x), plain(x))
+
+
+@pytest.mark.parametrize("inherits", [False, True])
+def test_a_batch_norm_in_code_of_its_own_refuses_one_value_a_channel(inherits: bool) -> None:
+    model = get_razor_model(nn.Sequential(nn.Conv2d(3, 16, 1), NormAct(16, inherits)))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        model(torch.randn(1, 3, 1, 1))
+    assert not model[1].running_mean.any()
+
+
 def test_a_convolution_that_pads_in_another_way_is_packed_behind_its_padding() -> None:
     plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"))
     razor = get_razor_model(copy.deepcopy(plain), RazorConfig.preset("lossless"))
