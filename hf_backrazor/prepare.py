@@ -27,7 +27,7 @@ from .modules import (
     stack_blocks,
 )
 from .modules.base import whole_shape
-from .targets import matches_target
+from .targets import is_excluded, matches_target
 
 
 @dataclass
@@ -50,7 +50,13 @@ class Choice:
     def keep_targets(self, config: RazorConfig) -> None:
         """Leave out operators of modules that the configuration does not target."""
         self.operators = {name: each for name, each in self.operators.items() if matches_target(config, name)}
-        self.composites = {name: each for name, each in self.composites.items() if matches_target(config, name)}
+        self.composites = {
+            name: module
+            for name, module in self.composites.items()
+            if matches_target(config, name)
+            # What is excluded inside of it would run again from an input that is not quite the same.
+            and not any(is_excluded(config, f"{name}.{inner}") for inner, _ in module.named_modules() if inner)
+        }
 
     def warn(self, stacklevel: int) -> None:
         """Name the modules that are left dense."""
