@@ -9,7 +9,8 @@ weights; LoRA with rank 16 and a dropout of 0.05 sits on all its linear layers b
 - held: what a forward leaves in memory for its backward, in MiB: what autograd saves, and what layers keep by
   themselves (bitsandbytes in 8 bits keeps inputs out of autograd's sight);
 - cosine: of the gradient of all adapters and the dense one, with the same dropout;
-- time: of a step, as a multiple of the dense one: the median over turns in which each row takes one step.
+- time: that the processor spends on a step, on one thread, as a multiple of the dense one: the median over turns in
+  which each row takes one step.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
 
     print(f"Llama with {args.layers} layers of {args.hidden}, {args.batch} x {args.sequence} tokens, bfloat16")
     print(f"LoRA r=16 on all linear layers, dropout 0.05, adapters in {args.adapters}")
@@ -137,9 +139,9 @@ def times(steps: dict[str, Step], turns: int) -> list[float]:
     taken: dict[str, list[float]] = {row: [] for row in steps}
     for _ in range(turns):
         for row, step in steps.items():
-            start = time.perf_counter()
+            start = time.process_time()
             step()
-            taken[row].append(time.perf_counter() - start)
+            taken[row].append(time.process_time() - start)
     medians = [statistics.median(each) for each in taken.values() if each]
     return [median / medians[0] for median in medians]
 
