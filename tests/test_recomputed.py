@@ -120,9 +120,15 @@ def test_what_modules_hold_is_as_after_one_forward() -> None:
             self.linear, self.norm = nn.Linear(32, 32), nn.BatchNorm1d(64)
             self.last: Tensor | None = None
             self.calls = 0
+            self.seen: dict[str, list[int]] = {"rows": []}
+            self.kinds: set[torch.dtype] = set()
 
         def forward(self, x: Tensor) -> Tensor:
             self.calls += 1
+            self.seen["rows"].append(len(x))
+            if x.dtype not in self.kinds:
+                self.kinds.add(x.dtype)
+                x = 2 * x
             y = self.norm(self.linear(x))
             y = y if self.last is None else y + self.last
             self.last = y.detach().mean()
@@ -138,6 +144,8 @@ def test_what_modules_hold_is_as_after_one_forward() -> None:
         assert torch.equal(razor.inner.norm.running_var, dense.inner.norm.running_var)
         assert torch.equal(razor.inner.last, dense.inner.last)
         assert razor.inner.calls == dense.inner.calls
+        assert razor.inner.seen == dense.inner.seen
+        assert razor.inner.kinds == dense.inner.kinds == {torch.float32}
     assert again(razor) == ["inner"]
 
 
