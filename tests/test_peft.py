@@ -538,6 +538,49 @@ def test_a_disabled_adapter_has_no_effect_and_saves_nothing(method: str) -> None
     assert torch.equal(logits(razor, batch), with_it)
 
 
+# Methods whose layers compute with sparse tensors, or remember their first forward
+
+
+@pytest.mark.parametrize("preset", ["lossless", "balanced"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.ShiraConfig(r=2, target_modules=["layer"], init_weights=False),
+        peft.FrodConfig(target_modules=["layer"]),
+        peft.LoraConfig(
+            r=4,
+            target_modules=["layer"],
+            init_lora_weights=False,
+            velora_config=peft.VeloraConfig(init_type="batch_average_once", num_groups=8),
+        ),
+    ],
+    ids=["shira", "frod", "velora"],
+)
+def test_layers_with_sparse_weights_or_a_memory(config: peft.PeftConfig, preset: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.layer, self.last = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.layer(self.first(x).relu()).tanh())
+
+    plain = peft.get_peft_model(Model(), config).train()
+    razor = get_razor_model(copy.deepcopy(plain), RazorConfig.preset(preset))
+    for _ in range(2):
+        x = torch.randn(6, 32)
+        outputs = [model(x) for model in (plain, razor)]
+        assert torch.equal(*outputs)
+        found = []
+        for model, output in zip((plain, razor), outputs, strict=True):
+            model.zero_grad()
+            output.square().sum().backward()
+            found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        assert found[0].keys() == found[1].keys() != set()
+        assert cosine(found[1], found[0]) > (0.99999 if preset == "lossless" else 0.95)
+        assert all(torch.equal(*buffers) for buffers in zip(plain.buffers(), razor.buffers(), strict=True))
+
+
 # Trainer
 
 
