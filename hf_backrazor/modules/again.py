@@ -77,7 +77,8 @@ Changes = tuple[tuple[str, ...], tuple[tuple[str, str], ...]]
 
 class State:
     """What a module's forward reads and may change beside its arguments: buffers, and attributes such as a recurrent
-    state, with what is in them if they are lists and the like; and whether it is in training.
+    state, with what is in them if they are lists and the like; and whether it is in training. Parameters are those that
+    it has now, not their values: `torch.func.functional_call` gives it others for one forward.
 
     Args:
         module: whose state it is, as it is now.
@@ -87,6 +88,8 @@ class State:
     def __init__(self, module: nn.Module, changes: Changes | None = None) -> None:
         self._module = module
         self._modes = [(inner, inner.training) for inner in module.modules()]
+        owned = (each for inner in module.modules() for each in (inner._parameters, inner._buffers))
+        self._tensors = [(each, each.copy()) for each in owned if each]
         names, attributes = changes or (tuple(name for name, _ in module.named_buffers()), None)
         # By their values: batch norms change their statistics without a new version.
         self._buffers = {name: module.get_buffer(name).clone() for name in names}
@@ -98,6 +101,7 @@ class State:
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Inside this context the module has this state; afterwards, the one that it has now."""
+        tensors = [_swap_tensors(*each) for each in self._tensors]
         present = {name: self._swap_buffer(name, value.clone()) for name, value in self._buffers.items()}
         attributes = {each: self._swap_attribute(each, value) for each, value in self._attributes.items()}
         contents = [_swap_content(*each) for each in self._all_contents()]
@@ -111,6 +115,8 @@ class State:
                 inner.training = training
             for name, value in present.items():
                 self._swap_buffer(name, value)
+            for owned, held in tensors:
+                owned.update(held)
             for container, content in contents:
                 _swap_content(container, content)
             for each, value in attributes.items():
@@ -157,6 +163,15 @@ class State:
 
 
 _ABSENT = object()
+
+
+def _swap_tensors(
+    owned: dict[str, Tensor | None], held: dict[str, Tensor | None]
+) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
+    """Put tensors in the place of others; returns where, with those that were there."""
+    before = {name: owned[name] for name, x in held.items() if name in owned and owned[name] is not x}
+    owned.update({name: held[name] for name in before})
+    return owned, before
 
 
 # Those of other types may not let others write into them, as the outputs of Transformers.
