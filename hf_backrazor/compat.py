@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import Node
+from torch.nn.utils import parametrize
 
 
 def in_functorch_transform() -> bool:
@@ -22,6 +23,11 @@ def in_checkpoint() -> bool:
     """Whether what is saved now goes to non-reentrant `torch.utils.checkpoint`, in the first forward or the second."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
+
+
+def keeps_parametrized() -> bool:
+    """Whether what parametrizations compute is kept for the code that runs now (`parametrize.cached`)."""
+    return bool(parametrize._cache_enabled)
 
 
 def will_be_executed(node: Node) -> bool:

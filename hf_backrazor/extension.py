@@ -6,7 +6,8 @@ Other instances of that class do not notice.
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from types import MethodType
 from typing import Any, ClassVar
 
@@ -42,6 +43,7 @@ def _extended_class(extensions: tuple[type[Extension], ...], plain_class: type[n
     first, *others = extensions
     extended = _extended_class(tuple(others), plain_class) if others else plain_class
     namespace = {
+        "__init__": _initializer(extended),
         **first.members(extended),
         "plain_class": plain_class,
         "extensions": extensions,
@@ -49,6 +51,21 @@ def _extended_class(extensions: tuple[type[Extension], ...], plain_class: type[n
         "__doc__": plain_class.__doc__,
     }
     return type(first.name_prefix + extended.__name__, (first, extended), namespace)
+
+
+def _initializer(extended: type[nn.Module]) -> Callable[..., None]:
+    """The `__init__` of a class that extends this one: objects are extended by `extend` alone.
+
+    Code that makes one more of a layer's class, as PEFT does for the adapters of a convolution, gets a plain one.
+    """
+
+    @wraps(extended.__init__)
+    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        extended.__init__(self, *args, **kwargs)
+        if "extensions" in vars(type(self)):
+            self.__class__ = type(self).plain_class
+
+    return __init__
 
 
 def extend(module: nn.Module, extension: type[Extension]) -> None:

@@ -15,16 +15,19 @@ from torch.autograd.graph import saved_tensors_hooks
 def noting_saved(note: Callable[[Tensor], Callable[[], None]], known: Iterable[Tensor]) -> Iterator[None]:
     """Inside this context `note` is called for every tensor that is saved and not `known`, once for each storage.
 
+    Of a sparse tensor, it is called for those that hold its indices and values.
+
     What it returns is called if the storage dies inside of the context, with the part of the graph that held it: DoRA
     drops some of what its forward saves. Another storage may then come to lie at the same address.
     """
-    seen = {_storage_key(x) for x in known}
+    seen = {_storage_key(part) for x in known for part in strided_parts(x)}
     watched: list[weakref.finalize] = []
 
     def pack(x: Tensor) -> Tensor:
-        if (key := _storage_key(x)) not in seen:
-            seen.add(key)
-            watched.append(weakref.finalize(x.untyped_storage(), _forget, seen, key, note(x)))
+        for part in strided_parts(x):
+            if (key := _storage_key(part)) not in seen:
+                seen.add(key)
+                watched.append(weakref.finalize(part.untyped_storage(), _forget, seen, key, note(part)))
         if not x.requires_grad:
             return x
         # Not itself: an operator's own output would keep its graph alive, and the graph the output.
@@ -37,6 +40,17 @@ def noting_saved(note: Callable[[Tensor], Callable[[], None]], known: Iterable[T
     finally:
         for each in watched:
             each.detach()
+
+
+def strided_parts(x: Tensor) -> tuple[Tensor, ...]:
+    """The tensors with a storage that `x` is made of: itself, or the indices and values of a sparse one."""
+    if x.layout is torch.sparse_coo:
+        return x._indices(), x._values()
+    if x.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return x.crow_indices(), x.col_indices(), x.values()
+    if x.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return x.ccol_indices(), x.row_indices(), x.values()
+    return (x,)
 
 
 def _forget(seen: set[int], key: int, uncount: Callable[[], None]) -> None:

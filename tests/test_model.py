@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import copy
+import inspect
 import pickle
 import subprocess
 import sys
@@ -66,6 +67,20 @@ def test_the_same_object_comes_back_with_its_type_extended() -> None:
     assert type(other) is plain_type
     assert nn.Linear(2, 2).forward.__func__ is nn.Linear.forward
     assert not any(isinstance(module, RazorModule) for module in other.modules())
+
+
+def test_one_more_of_a_layers_class_is_a_plain_one() -> None:
+    model, _ = make("bert")
+    get_razor_model(model)
+    layer = model.bert.encoder.layer[0].output.dense
+    assert isinstance(layer, RazorLinear)
+    other = type(layer)(4, out_features=3)
+    assert type(other) is nn.Linear
+    assert other.weight.shape == (3, 4)
+    assert inspect.signature(type(layer)) == inspect.signature(nn.Linear)
+    whole = type(model)(model.config)
+    assert type(whole) is BertForSequenceClassification
+    assert not any(isinstance(module, RazorModule) for module in whole.modules())
 
 
 def test_models_that_share_a_config_object_are_not_affected() -> None:

@@ -11,12 +11,12 @@ import torch
 from architectures import Batch, make
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from hf_backrazor import RazorConfig, RazorModel, get_razor_model, measure_saved_bytes
 from hf_backrazor.config import RAZOR_CONFIG_NAME
 from hf_backrazor.functional.scaling import scaling
-from hf_backrazor.modules import RazorInline, RazorLinear, RazorLMHead, RazorModule
+from hf_backrazor.modules import RazorInline, RazorLinear, RazorLMHead, RazorModule, RazorRecomputed
 from hf_backrazor.packing import PackSpec
 
 peft = pytest.importorskip("peft")
@@ -536,6 +536,93 @@ def test_a_disabled_adapter_has_no_effect_and_saves_nothing(method: str) -> None
         assert razor.memory_report(**batch).razor_bytes == 0
     assert not torch.equal(with_it, logits(plain, batch))
     assert torch.equal(logits(razor, batch), with_it)
+
+
+def test_adapters_of_a_convolution_come_from_its_class() -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    config = peft.LoraConfig(r=2, target_modules=["2"], init_lora_weights=False)
+    adapted = get_razor_model(peft.get_peft_model(plain, config), RazorConfig.preset("lossless"))
+    adapted.add_adapter("second", config)
+    adapted.set_adapter("second")
+    layer = adapted.base_model.model[2]
+    assert type(layer.lora_A["second"]) is nn.Conv2d
+    for _ in range(2):  # as it came, and with its operator
+        x = torch.randn(2, 3, 9, 9)
+        output = adapted(x)
+        dense = copy.deepcopy(adapted).remove_razor()
+        assert torch.equal(output, dense(x))
+        for model, result in ((adapted, output), (dense, dense(x))):
+            model.zero_grad()
+            result.square().sum().backward()
+        torch.testing.assert_close(
+            layer.lora_A["second"].weight.grad, dense.base_model.model[2].lora_A["second"].weight.grad
+        )
+        adapted.train()
+    assert isinstance(layer.lora_A["second"], RazorModule)
+
+
+# Adapters of parameters, which are there while the layer runs
+
+
+@pytest.mark.parametrize("targets", [["down_proj"], ["gate_up_proj", "down_proj"]], ids=["one", "both"])
+def test_adapters_of_experts(targets: list[str]) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = GptOssConfig(**sizes, head_dim=8, vocab_size=64, num_hidden_layers=2, num_local_experts=4)
+    model, ids = GptOssForCausalLM(config), torch.randint(64, (2, 24))
+    batch = {"input_ids": ids, "labels": ids}
+    config = peft.LoraConfig(
+        r=4, target_modules=[], target_parameters=[f"mlp.experts.{each}" for each in targets], init_lora_weights=False
+    )
+    plain = peft.get_peft_model(model, config)
+    razor = get_razor_model(copy.deepcopy(plain), RazorConfig.preset("lossless"))
+    for _ in range(2):
+        assert_same_step(razor, plain, batch)
+    again = [key for key, m in razor.named_modules() if isinstance(m, RazorRecomputed) and m.razor_decision.again]
+    assert [key for key in again if key.endswith("mlp.experts")]  # what holds the adapters
+    assert not [key for key in again if key.endswith("base_layer")]
+
+
+# Methods whose layers compute with sparse tensors, or remember their first forward
+
+
+@pytest.mark.parametrize("preset", ["lossless", "balanced"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.ShiraConfig(r=2, target_modules=["layer"], init_weights=False),
+        peft.FrodConfig(target_modules=["layer"]),
+        peft.LoraConfig(
+            r=4,
+            target_modules=["layer"],
+            init_lora_weights=False,
+            velora_config=peft.VeloraConfig(init_type="batch_average_once", num_groups=8),
+        ),
+    ],
+    ids=["shira", "frod", "velora"],
+)
+def test_layers_with_sparse_weights_or_a_memory(config: peft.PeftConfig, preset: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.layer, self.last = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.layer(self.first(x).relu()).tanh())
+
+    plain = peft.get_peft_model(Model(), config).train()
+    razor = get_razor_model(copy.deepcopy(plain), RazorConfig.preset(preset))
+    for _ in range(2):
+        x = torch.randn(6, 32)
+        outputs = [model(x) for model in (plain, razor)]
+        assert torch.equal(*outputs)
+        found = []
+        for model, output in zip((plain, razor), outputs, strict=True):
+            model.zero_grad()
+            output.square().sum().backward()
+            found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        assert found[0].keys() == found[1].keys() != set()
+        assert cosine(found[1], found[0]) > (0.99999 if preset == "lossless" else 0.95)
+        assert all(torch.equal(*buffers) for buffers in zip(plain.buffers(), razor.buffers(), strict=True))
 
 
 # Trainer

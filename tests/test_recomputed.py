@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from architectures import ARCHITECTURES, RECOMPUTED, Batch, make
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     FalconConfig,
@@ -210,9 +212,15 @@ def test_what_modules_hold_is_as_after_one_forward() -> None:
             self.linear, self.norm = nn.Linear(32, 32), nn.BatchNorm1d(64)
             self.last: Tensor | None = None
             self.calls = 0
+            self.seen: dict[str, list[int]] = {"rows": []}
+            self.kinds: set[torch.dtype] = set()
 
         def forward(self, x: Tensor) -> Tensor:
             self.calls += 1
+            self.seen["rows"].append(len(x))
+            if x.dtype not in self.kinds:
+                self.kinds.add(x.dtype)
+                x = 2 * x
             y = self.norm(self.linear(x))
             y = y if self.last is None else y + self.last
             self.last = y.detach().mean()
@@ -228,7 +236,62 @@ def test_what_modules_hold_is_as_after_one_forward() -> None:
         assert torch.equal(razor.inner.norm.running_var, dense.inner.norm.running_var)
         assert torch.equal(razor.inner.last, dense.inner.last)
         assert razor.inner.calls == dense.inner.calls
+        assert razor.inner.seen == dense.inner.seen
+        assert razor.inner.kinds == dense.inner.kinds == {torch.float32}
     assert again(razor) == ["inner"]
+
+
+def test_backward_reads_the_parameters_of_the_forward() -> None:
+    model, x = Wrapped(WrittenOut(dropout=0.0)).train(), torch.randn(2, 64, 32)
+    others = {name: torch.randn_like(p).requires_grad_() for name, p in model.named_parameters()}
+    expected = torch.autograd.grad(functional_call(model, others, x).square().sum(), [*others.values()])
+    get_razor_model(model, LOSSLESS)
+    for _ in range(2):
+        found = torch.autograd.grad(functional_call(model, others, x).square().sum(), [*others.values()])
+        assert_close(dict(enumerate(found)), dict(enumerate(expected)))
+    assert again(model) == ["inner"]
+
+
+def test_a_module_that_is_parametrized_from_outside_runs_once() -> None:
+    """In backward it would be without; what does so is computed again instead, as it is a module, too."""
+
+    class Scale(nn.Module):
+        def __init__(self, scale: Tensor) -> None:
+            super().__init__()
+            self.scale = [scale]
+
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight * self.scale[0]
+
+    class Outside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.written_out, self.scale = WrittenOut(dropout=0.0), nn.Parameter(torch.full((96, 1), 3.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            parametrize.register_parametrization(self.written_out.qkv, "weight", Scale(self.scale))
+            try:
+                return self.written_out(x)
+            finally:
+                parametrize.remove_parametrizations(self.written_out.qkv, "weight", leave_parametrized=False)
+
+    model, x = Wrapped(Outside()).train(), torch.randn(2, 64, 32)
+    expected = gradients(model, x)
+    get_razor_model(model, LOSSLESS)
+    for _ in range(2):
+        assert_close(gradients(model, x), expected)
+    assert again(model) == ["inner"]
+
+
+def test_a_module_whose_parametrizations_are_kept_runs_once() -> None:
+    model, x = Wrapped(WrittenOut(dropout=0.0)).train(), torch.randn(2, 64, 32)
+    parametrizations.weight_norm(model.inner.qkv)
+    expected = gradients(model, x)
+    get_razor_model(model, LOSSLESS)
+    assert_close(gradients(model, x), expected)
+    assert again(model) == ["inner"]
+    with parametrize.cached():
+        assert_close(gradients(model, x), expected)
 
 
 def test_random_numbers_go_on_as_without() -> None:

@@ -90,6 +90,27 @@ def test_what_a_forward_saves_and_drops_is_not_counted() -> None:
     assert measure_saved_bytes(Dropping(), x=torch.randn(8, 64)).total == 2 * 8 * 64 * 4
 
 
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_of_sparse_tensors_indices_and_values_are_counted(layout: torch.layout) -> None:
+    class Sparse(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(64, 8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.to_sparse(layout=layout) @ self.weight
+
+    x = torch.eye(64)
+    # torch's columns are a view of rows and columns.
+    indices = {torch.sparse_coo: 2 * 64, torch.sparse_csr: 2 * 64 + 65}[layout]
+    assert measure_saved_bytes(Sparse(), x=x).total == 8 * indices + 4 * 64
+    with LiveMemory() as memory:
+        sparse = x.to_sparse(layout=layout)
+        assert memory.live >= 8 * indices + 4 * 64
+    del sparse
+    assert memory.live == 0
+
+
 def test_estimate_of_a_model_without_memory_for_its_weights() -> None:
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config(n_embd=768, n_layer=2, n_head=12, use_cache=False))

@@ -220,6 +220,14 @@ def test_nested_tensors_run_the_plain_code() -> None:
     assert_same_gradients(dense, razor)
 
 
+def test_sparse_tensors_run_the_plain_code() -> None:
+    dense = nn.Sequential(nn.Linear(8, 8, bias=False))
+    razor = get_razor_model(copy.deepcopy(dense))
+    for model in (dense, razor):
+        model(torch.eye(8).to_sparse()).sum().backward()
+    assert_same_gradients(dense, razor)
+
+
 def test_every_backward_says_whether_it_can_be_differentiated() -> None:
     functions = []
     for info in pkgutil.iter_modules(hf_backrazor.functional.__path__):

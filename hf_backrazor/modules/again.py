@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -75,7 +77,8 @@ Changes = tuple[tuple[str, ...], tuple[tuple[str, str], ...]]
 
 class State:
     """What a module's forward reads beside its arguments: parameters, buffers, attributes such as a recurrent state,
-    and whether it is in training. Of what the forward itself changes there are copies.
+    with what is in them if they are lists and the like, and whether it is in training. Of what the forward itself
+    changes there are copies.
 
     Args:
         module: whose state it is, as it is now.
@@ -96,15 +99,15 @@ class State:
         if attributes is None:
             attributes = [(path, name) for path, inner in module.named_modules() for name in _attributes(inner)]
         self._attributes = {each: module.get_submodule(each[0]).__dict__.get(each[1], _ABSENT) for each in attributes}
+        self._contents = {each: _contents(value) for each, value in self._attributes.items()}
 
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Inside this context the module has this state; afterwards, the one that it has now."""
-        tensors = [(now, dict(now)) for now, before in self._tensors]
-        for now, before in self._tensors:
-            now.update(before)
+        tensors = [_swap_tensors(*each) for each in self._tensors]
         present = {name: self._swap_buffer(name, value.clone()) for name, value in self._buffers.items()}
         attributes = {each: self._swap_attribute(each, value) for each, value in self._attributes.items()}
+        contents = [_swap_content(*each) for each in self._all_contents()]
         modes = [(inner, inner.training) for inner, _ in self._modes]
         try:
             for inner, training in self._modes:
@@ -115,10 +118,12 @@ class State:
                 inner.training = training
             for name, value in present.items():
                 self._swap_buffer(name, value)
+            for owned, held in tensors:
+                owned.update(held)
+            for container, content in contents:
+                _swap_content(container, content)
             for each, value in attributes.items():
                 self._swap_attribute(each, value)
-            for now, before in tensors:
-                now.update(before)
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`function(*args, **kwargs)` in this state."""
@@ -130,6 +135,7 @@ class State:
         buffers, attributes = changes
         self._buffers = {name: self._buffers[name] for name in buffers}
         self._attributes = {each: self._attributes.get(each, _ABSENT) for each in attributes}
+        self._contents = {each: self._contents.get(each, []) for each in attributes}
 
     def changed(self) -> Changes:
         """Names of the buffers, and the attributes, that are others now."""
@@ -137,7 +143,13 @@ class State:
         real = {name: x for name, x in self._buffers.items() if not (x.is_meta or is_fake(x))}
         buffers = (name for name, x in real.items() if not torch.equal(now._buffers[name], x))
         held = {**dict.fromkeys(self._attributes, _ABSENT), **now._attributes}
-        return tuple(buffers), tuple(each for each, x in held.items() if x is not self._attributes.get(each, _ABSENT))
+        others = {each for each, x in held.items() if x is not self._attributes.get(each, _ABSENT)}
+        others |= {each for each, pairs in self._contents.items() if not all(_holds(*pair) for pair in pairs)}
+        return tuple(buffers), tuple(each for each in held if each in others)
+
+    def _all_contents(self) -> list[tuple[Any, Any]]:
+        """Containers and what they hold, each once: several attributes may be one object."""
+        return list({id(pair[0]): pair for pairs in self._contents.values() for pair in pairs}.values())
 
     def _swap_buffer(self, name: str, value: Tensor) -> Tensor:
         path, _, last = name.rpartition(".")
@@ -154,6 +166,53 @@ class State:
 
 
 _ABSENT = object()
+
+
+def _swap_tensors(
+    owned: dict[str, Tensor | None], held: dict[str, Tensor | None]
+) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
+    """Put tensors in the place of others; returns where, with those that were there."""
+    before = {name: owned[name] for name, x in held.items() if name in owned and owned[name] is not x}
+    owned.update({name: held[name] for name in before})
+    return owned, before
+
+
+# Those of other types may not let others write into them, as the outputs of Transformers.
+_CONTAINERS = (dict, list, set, deque, OrderedDict, defaultdict)
+
+
+def _contents(value: Any) -> list[tuple[Any, Any]]:
+    """The containers that are `value` or in it, each with a copy that tells what it holds now."""
+    found: dict[int, tuple[Any, Any]] = {}
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if type(each) in _CONTAINERS and id(each) not in found:
+            found[id(each)] = each, copy.copy(each)
+            waiting += _items(each)
+        elif type(each) is tuple:
+            waiting += each
+    return list(found.values())
+
+
+def _items(container: Any) -> list[Any]:
+    return [*container, *container.values()] if isinstance(container, dict) else list(container)
+
+
+def _holds(container: Any, content: Any) -> bool:
+    """Whether the container holds the objects that `content`, one of its type, does."""
+    if isinstance(container, set):
+        return container == content  # a copy need not be in the same order
+    return list(map(id, _items(container))) == list(map(id, _items(content)))
+
+
+def _swap_content(container: Any, content: Any) -> tuple[Any, Any]:
+    """Put the objects in `content` into the container; returns it, with what it held."""
+    before = copy.copy(container)
+    if not _holds(container, content):
+        container.clear()
+        (container.extend if isinstance(container, (list, deque)) else container.update)(content)
+    return container, before
 
 
 def _attributes(module: nn.Module) -> list[str]:

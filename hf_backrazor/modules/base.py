@@ -143,8 +143,8 @@ class RazorModule(Extension, _Module):
 
     def worth_packing(self, x: Tensor) -> bool:
         """Whether `x` can be packed, and is large enough to be."""
-        if x.is_nested:
-            logger.warning_once("razor: nested tensors are saved dense")
+        if x.is_nested or x.layout is not torch.strided:
+            logger.warning_once("razor: nested and sparse tensors are saved as they are")
             return False
         return x.is_floating_point() and x.numel() >= max(1, self.razor_config.min_numel)
 

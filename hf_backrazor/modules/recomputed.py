@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..compat import in_checkpoint
+from ..compat import in_checkpoint, keeps_parametrized
 from ..config import RazorConfig
 from ..functional.checkpoint import packed_checkpoint
 from ..functional.sharing import pack_whole
@@ -37,6 +37,9 @@ INPUT_BITS = 8
 # A module is computed again if what it saves loosely is so many times what its packed inputs take.
 WORTH = 2.0
 
+# Of each parametrized module, in order: names of tensors, and how many parametrizations each has.
+Parametrized = list[dict[str, int]]
+
 
 class Decision:
     """What the first forward of a module has shown. Replicas of a model share it.
@@ -46,13 +49,15 @@ class Decision:
         exact: whether its inputs are kept as they are, as values decide what it does.
         changing: buffers and attributes that its forward changes, as batch norms do.
         loose_bytes: what it saves for which razor has no operator.
+        parametrized: what is parametrized in it, whether it is running or not.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, parametrized: Parametrized) -> None:
         self.again: bool | None = None
         self.exact = False
         self.changing: Changes = ((), ())
         self.loose_bytes = 0
+        self.parametrized = parametrized
 
 
 class RazorRecomputed(RazorModule):
@@ -81,7 +86,7 @@ class RazorRecomputed(RazorModule):
     def install(cls, module: nn.Module, config: RazorConfig) -> None:
         """See `RazorModule.install`."""
         super().install(module, config)
-        module.razor_decision = Decision()
+        module.razor_decision = Decision(_parametrized(module))
 
     @classmethod
     def members(cls, extended: type[nn.Module]) -> dict[str, Any]:
@@ -117,12 +122,12 @@ def _forward(
     """What `function`, the forward of what was extended, returns; computed again in backward if that is worth it."""
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     # In the paper's form nothing is computed again.
-    kept = module.razor_config.attention == "sparse" or in_checkpoint()
+    kept = module.razor_config.attention == "sparse" or in_checkpoint() or _parametrized_outside(module)
     if kept or not module.razor_active(*tensors, *module.parameters()):
         return function(*args, **kwargs)
     decision = module.razor_decision
     if decision.again is None and any(map(is_fake, tensors)):
-        decision = Decision()  # of an estimate, where there are no values to look at
+        decision = Decision(decision.parametrized)  # of an estimate, where there are no values to look at
     names = argument_names(module.plain_class)
     arguments = without_caches(module, names, args, kwargs, warns=decision.again is True)
     if arguments is None:
@@ -167,6 +172,20 @@ def _decide(
     specs = {id(x): spec for x, spec in _packed_inputs(decision, module, args, kwargs)}
     stored = sum(_stored_bytes(x, specs.get(id(x))) for x in inputs)
     decision.again = probe.loose_bytes > max(WORTH * stored, probe.packed_bytes, module.razor_config.min_numel)
+
+
+def _parametrized(module: nn.Module) -> Parametrized:
+    inside = (inner.parametrizations for inner in module.modules() if "parametrizations" in inner._modules)
+    return [{name: len(each) for name, each in parametrizations.items()} for parametrizations in inside]
+
+
+def _parametrized_outside(module: nn.Module) -> bool:
+    """Whether code around the module has parametrized it for as long as that runs, or keeps what that computes.
+
+    PEFT's adapters of experts do. In backward the module would run without; what is around it can run again.
+    """
+    present = _parametrized(module)
+    return present != module.razor_decision.parametrized or (bool(present) and keeps_parametrized())
 
 
 def _packed_inputs(
