@@ -6,12 +6,14 @@ of razor models as well. PEFT's source distribution holds the tests of its relea
 `tests/__init__.py` and `tests/conftest.py`. Beside the packages of `hf_backrazor[test]` they need `diffusers` and
 `parameterized`. From the folder that holds PEFT's `tests`:
 
-    export PYTHONPATH=<hf_backrazor>:<hf_backrazor>/tests HF_HUB_OFFLINE=1
+    export PYTHONPATH=<hf_backrazor>:<hf_backrazor>/tests HF_HUB_OFFLINE=1 HF_HOME=<an empty folder>
+    python <hf_backrazor>/tests/peft_models.py
     python -m pytest -c /dev/null --rootdir . -p peft_suite --razor-preset none -n 2 -q tests/test_custom_models.py
     python -m pytest -c /dev/null --rootdir . -p peft_suite --razor-preset lossless -n 2 -q tests/test_custom_models.py
 
-The second run should fail nothing that the first does not. `--one-in 10` runs a tenth of the tests, the same ones
-each time.
+The second run should fail nothing that the first does not. `peft_models.py` writes models in the place of those that
+many of the tests read from the Hub; tests that read other models, adapters or data sets fail both times. `--one-in 10`
+runs a tenth of the tests, the same ones each time.
 """
 
 from __future__ import annotations
