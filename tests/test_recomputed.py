@@ -391,6 +391,20 @@ def test_no_warning_for_tied_embeddings_of_their_own_kind() -> None:
         model(ids, labels=ids, use_cache=False)
 
 
+def test_a_module_may_change_its_input_in_place() -> None:
+    class InPlace(WrittenOut):
+        def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+            hidden.add_(0.1)
+            return super().forward(hidden, mask)
+
+    model, x = Wrapped(InPlace(dropout=0.0)).train(), torch.randn(2, 64, 32)
+    output, expected = model(x), gradients(model, x)
+    get_razor_model(model, LOSSLESS)
+    assert torch.equal(model(x), output)
+    assert_close(gradients(model, x), expected)
+    assert again(model) == []
+
+
 def test_the_output_may_be_changed_in_place() -> None:
     class Changes(Wrapped):
         def forward(self, x: Tensor, *others: Any) -> Tensor:
@@ -402,6 +416,18 @@ def test_the_output_may_be_changed_in_place() -> None:
     get_razor_model(model, LOSSLESS)
     assert_close(gradients(model, x), expected)
     assert again(model) == ["inner"]
+
+
+def test_a_module_that_checkpoints_parts_of_itself_runs_as_it_is() -> None:
+    class Checkpoints(WrittenOut):
+        def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+            return checkpoint(self.out, super().forward(hidden, mask).sin().exp(), use_reentrant=False)
+
+    model, x = Wrapped(Checkpoints(dropout=0.0)).train(), torch.randn(2, 64, 32)
+    expected = gradients(model, x)
+    get_razor_model(model, LOSSLESS)
+    assert_close(gradients(model, x), expected)
+    assert again(model) == []
 
 
 def test_inside_of_activation_checkpointing_it_runs_as_it_is() -> None:

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..compat import in_checkpoint
 from ..saved_tensors import noting_saved
 
 
@@ -22,6 +23,7 @@ class _State(threading.local):
     def __init__(self) -> None:
         self.probes = 0
         self.operators = 0
+        self.checkpointed = 0
         self.dense = 0
 
 
@@ -48,7 +50,11 @@ def dense() -> Iterator[None]:
 
 def operator_running() -> AbstractContextManager:
     """A context for an operator of razor; what is saved inside of it is no loose tensor."""
-    return _operator() if _state.probes else _NOTHING
+    if not _state.probes:
+        return _NOTHING
+    if in_checkpoint() and not is_dense():
+        _state.checkpointed += 1
+    return _operator()
 
 
 @contextmanager
@@ -84,6 +90,7 @@ class Probe:
         loose_bytes: of the tensors that autograd saved for operators that razor has none for, without indices.
         packed_bytes: of those that razor's operators saved.
         branches: whether what the module does, or the shapes in it, depend on the values of what it computes.
+        checkpoints: whether operators of razor run under an activation checkpointing of its own.
 
     Example:
         >>> probe = Probe(module.parameters(), [x])
@@ -94,7 +101,7 @@ class Probe:
 
     def __init__(self, known: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
         self.loose_bytes = self.packed_bytes = 0
-        self.branches = False
+        self.branches = self.checkpoints = False
         self._known = list(known)
         self._branching = _Branching(self, inputs)
 
@@ -104,9 +111,11 @@ class Probe:
         # An operator that this probe is inside of has nothing to do with it.
         operators, _state.operators = _state.operators, 0
         _state.probes += 1
+        checkpointed = _state.checkpointed
         try:
             with self._branching, noting_saved(self._note, self._known):
                 yield
+            self.checkpoints = _state.checkpointed > checkpointed
         finally:
             _state.probes -= 1
             _state.operators = operators

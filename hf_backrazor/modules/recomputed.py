@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -156,22 +156,29 @@ def _decide(
     kwargs: dict[str, Any],
 ) -> None:
     """Run the module, and see what that saves."""
-    tensors = {id(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}.values()
-    inputs = [x for x in tensors if x.requires_grad]
+    tensors = {id(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+    # Of copies, as the module may change its arguments in place.
+    copies = {key: x.clone() for key, x in tensors.items()}
+    inputs = [x for x in copies.values() if x.requires_grad]
     # DoRA is given the layer that it belongs to.
     modules = [module, *(x for x in tree_leaves((args, kwargs)) if isinstance(x, nn.Module))]
     there = [x for each in modules for x in (*each.parameters(), *each.buffers())]
-    probe = Probe([*there, *(x for x in tensors if not x.requires_grad)], inputs)
+    probe = Probe([*there, *(x for x in copies.values() if not x.requires_grad)], inputs)
     before = State(module)
     with before.restored():
-        with _random_state(tensors), probe.watching():
-            result = function(*args, **kwargs)
+        with _random_state(copies.values()), probe.watching():
+            copied_args, copied_kwargs = tree_map(lambda x: copies.get(id(x), x), (args, kwargs))
+            result = function(*copied_args, **copied_kwargs)
         del result
         decision.changing = before.changed()
     decision.loose_bytes, decision.exact = probe.loose_bytes, probe.branches
     specs = {id(x): spec for x, spec in _packed_inputs(decision, module, args, kwargs)}
-    stored = sum(_stored_bytes(x, specs.get(id(x))) for x in inputs)
+    stored = sum(_stored_bytes(x, specs.get(key)) for key, x in tensors.items() if x.requires_grad)
     decision.again = probe.loose_bytes > max(WORTH * stored, probe.packed_bytes, module.razor_config.min_numel)
+    # It would change what is kept of its arguments. And what it checkpoints itself would run in backward when its own
+    # second run is over, where operators pack again.
+    changes = any(x._version for x in copies.values())
+    decision.again = decision.again and not (changes or probe.checkpoints)
 
 
 def _parametrized(module: nn.Module) -> Parametrized:
