@@ -198,8 +198,9 @@ def _heads(model: nn.Module) -> set[nn.Module | None]:
         heads |= {head} if copies is None else {head.original_module, *copies.values()}
     # FSMT names an embedding: the head is the linear layer of that shape, whether it shares the weight or not.
     shapes = {whole_shape(head.weight) for head in heads if isinstance(head, nn.Embedding)}
-    linears = (module for module in model.modules() if isinstance(module, nn.Linear))
-    return heads | {module for module in linears if shapes and whole_shape(module.weight) in shapes}
+    # One that is parametrized would be computed.
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m._parameters.get("weight") is not None]
+    return heads | {module for module in linears if whole_shape(module.weight) in shapes}
 
 
 def _enumerate(names: list[str], limit: int = 5) -> str:

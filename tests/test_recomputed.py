@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from architectures import ARCHITECTURES, RECOMPUTED, Batch, make
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
@@ -175,6 +176,17 @@ def test_layers_of_torch_without_an_operator(kind: str) -> None:
     razor = get_razor_model(copy.deepcopy(model))
     assert measure_saved_bytes(razor, x=x).total < dense / 4
     assert cosine(gradients(razor, x), expected) > 0.99
+
+
+def test_arguments_that_are_one_tensor_are_one_again() -> None:
+    """Multi-head attention projects otherwise if query, key and value are one; hooks that copy give three."""
+    model, x = OfTorch("attention").train(), torch.randn(2, 64, 32)
+    expected = gradients(model, x)
+    get_razor_model(model, LOSSLESS)
+    with saved_tensors_hooks(torch.clone, lambda kept: kept):
+        found = gradients(model, x)
+    assert_close(found, expected)
+    assert again(model) == ["layer"]
 
 
 def cosine(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

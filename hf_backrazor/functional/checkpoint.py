@@ -63,13 +63,17 @@ class _Call:
         packed_masks = {id(mask): pack_mask(mask) for mask in masks}
         self._leaves: list[Any] = []
         self.kept: list[Tensor] = []
+        # Each tensor once, so that several arguments that are one will be one again: multi-head attention looks.
+        places: dict[int, _Kept] = {}
         for leaf in leaves:
             if id(leaf) in restored:
                 self._leaves.append(restored[id(leaf)])
             elif isinstance(leaf, Tensor):
-                mask = packed_masks.get(id(leaf))
-                self._leaves.append(_Kept(len(self.kept), mask))
-                self.kept.append(leaf if mask is None else mask.part)
+                if id(leaf) not in places:
+                    mask = packed_masks.get(id(leaf))
+                    places[id(leaf)] = _Kept(len(self.kept), mask)
+                    self.kept.append(leaf if mask is None else mask.part)
+                self._leaves.append(places[id(leaf)])
             else:
                 self._leaves.append(leaf)
 

@@ -27,13 +27,14 @@ class RazorQuantizedLinear(RazorModule):
     @classmethod
     def handles(cls, module: nn.Module) -> bool:
         """See `RazorModule.handles`."""
-        if not isinstance(module, nn.Linear) or module.weight.requires_grad:
+        weight = module._parameters.get("weight")  # one that is parametrized would be computed
+        if not isinstance(module, nn.Linear) or weight is None or weight.requires_grad:
             return False
         if cls.keeps_input(module):
             return True
         # Where the input is quantised as well, what torchao computes has no gradient.
-        by_weight_alone = getattr(module.weight, "act_quant_kwargs", None) is None
-        plain = type(module).forward is nn.Linear.forward and type(module.weight).__module__.startswith(_WEIGHTS)
+        by_weight_alone = getattr(weight, "act_quant_kwargs", None) is None
+        plain = type(module).forward is nn.Linear.forward and type(weight).__module__.startswith(_WEIGHTS)
         return plain and by_weight_alone
 
     @classmethod
