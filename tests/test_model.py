@@ -326,7 +326,7 @@ def test_a_cache_kept_in_training_gets_a_notice() -> None:
 def test_multihead_attention_is_named() -> None:
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     with pytest.warns(UserWarning, match="without calling them: self_attn"):
-        get_razor_model(model)
+        get_razor_model(model, RazorConfig.preset("paper"))
     assert "self_attn.out_proj" not in dict(model.razor_modules())
     model(torch.randn(2, 3, 8, requires_grad=True)).sum().backward()
 
@@ -715,7 +715,7 @@ def test_compiling_changes_neither_gradients_nor_memory(name: str) -> None:
     assert measure_saved_bytes(compiled, **batch).total == saved
     breaks = torch._dynamo.utils.counters["graph_break"]
     own = sum(count for reason, count in breaks.items() if "razor modules share packed tensors" in reason)
-    assert 0 < own <= len(list(model.razor_modules()))
+    assert 0 < own <= 2 * len(list(model.razor_modules()))  # frames may be traced more than once
 
 
 @pytest.mark.slow

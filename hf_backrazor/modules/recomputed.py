@@ -12,10 +12,11 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
+from torch._guards import detect_fake_mode
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -58,6 +59,16 @@ class Decision:
         self.changing: Changes = ((), ())
         self.loose_bytes = 0
         self.parametrized = parametrized
+        self._estimated: tuple[Any, Decision] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_estimated": None}
+
+    def of_estimate(self, mode: Any) -> Decision:
+        """The one of an estimate on fake tensors of this mode, where there are no values to look at."""
+        if self._estimated is None or self._estimated[0]() is not mode:
+            self._estimated = ref(mode), Decision(self.parametrized)
+        return self._estimated[1]
 
 
 class RazorRecomputed(RazorModule):
@@ -126,8 +137,8 @@ def _forward(
     if kept or not module.razor_active(*tensors, *module.parameters()):
         return function(*args, **kwargs)
     decision = module.razor_decision
-    if decision.again is None and any(map(is_fake, tensors)):
-        decision = Decision(decision.parametrized)  # of an estimate, where there are no values to look at
+    if decision.again is None and (mode := detect_fake_mode(tensors)) is not None:
+        decision = decision.of_estimate(mode)
     names = argument_names(module.plain_class)
     arguments = without_caches(module, names, args, kwargs, warns=decision.again is True)
     if arguments is None:
