@@ -221,7 +221,7 @@ def test_an_estimate_does_not_run_every_slice(monkeypatch, name: str, preset: st
             estimate_step_memory(model, (shape[0] * larger, *shape[1:]))
             counts.append(called)
     # Small tensors get their second slice. With all slices there would be two to three times as many.
-    assert counts[1] <= 1.25 * counts[0]
+    assert counts[1] <= 1.15 * counts[0]
 
 
 @pytest.mark.filterwarnings("ignore:saved dense", "ignore:the model returns a cache")

@@ -225,3 +225,12 @@ def is_mask(name: str, value: Any) -> bool:
     """Whether this argument is an attention mask that is worth packing."""
     # Those of two dimensions are small, and model code reads them in other ways.
     return name.endswith("mask") and isinstance(value, Tensor) and value.dim() > 2
+
+
+def row_dims(module: nn.Module, x: Tensor) -> int:
+    """Dimensions of a row of the module's input `x`: those of a map, where it is one for convolutions; 1 otherwise."""
+    spatial = x.dim() - 2
+    if not 2 <= spatial <= 3:
+        return 1
+    kind = (nn.Conv2d, nn.Conv3d)[spatial - 2]
+    return spatial if any(isinstance(inner, kind) for inner in module.modules()) else 1

@@ -21,7 +21,7 @@ from ..functional.sharing import origin_of, pack_shared
 from ..functional.stream import StoredInput, Stream
 from ..packing import PackSpec
 from ..targets import is_excluded, matches_block, unmatched_blocks
-from .again import Changes, State, argument_names, is_mask, without_caches
+from .again import Changes, State, argument_names, is_mask, row_dims, without_caches
 from .base import RazorModule, linear_spec
 
 logger = logging.get_logger(__name__)
@@ -201,11 +201,8 @@ class RazorBlock(RazorModule):
 
     def _spec(self, x: Tensor, bits: int) -> PackSpec:
         config = self.razor_config
-        row_dims = x.dim() - 2 if x.dim() > 3 and self._has_convolutions(x.dim() - 2) else 1
-        return PackSpec(config.sparsity, "row", bits, config.value_dtype, row_dims=row_dims, rotated=bits <= 4)
-
-    def _has_convolutions(self, dimensions: int) -> bool:
-        return any(isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]) for m in self.modules())
+        dims = row_dims(self, x)
+        return PackSpec(config.sparsity, "row", bits, config.value_dtype, row_dims=dims, rotated=bits <= 4)
 
     def razor_repr(self) -> str:
         """See `RazorModule.razor_repr`."""

@@ -28,7 +28,7 @@ from ..functional.sharing import pack_whole
 from ..functional.stream import StoredInput
 from ..packing import PackSpec
 from .adapter import RazorAdapter
-from .again import Changes, State, argument_names, is_mask, without_caches
+from .again import Changes, State, argument_names, is_mask, row_dims, without_caches
 from .base import RazorModule
 from .probe import Probe, dense, has_hooks_inside, operator_running
 
@@ -49,7 +49,6 @@ class Decision:
         again: whether the module is computed again; None: not known yet.
         exact: whether its inputs are kept as they are, as values decide what it does.
         changing: buffers and attributes that its forward changes, as batch norms do.
-        loose_bytes: what it saves for which razor has no operator.
         parametrized: what is parametrized in it, whether it is running or not.
     """
 
@@ -57,7 +56,6 @@ class Decision:
         self.again: bool | None = None
         self.exact = False
         self.changing: Changes = ((), ())
-        self.loose_bytes = 0
         self.parametrized = parametrized
         self._estimated: tuple[Any, Decision] | None = None
 
@@ -182,7 +180,7 @@ def _decide(
             result = function(*copied_args, **copied_kwargs)
         del result
         decision.changing = before.changed()
-    decision.loose_bytes, decision.exact = probe.loose_bytes, probe.branches
+    decision.exact = probe.branches
     specs = {id(x): spec for x, spec in _packed_inputs(decision, module, args, kwargs)}
     stored = sum(_stored_bytes(x, specs.get(key)) for key, x in tensors.items() if x.requires_grad)
     decision.again = probe.loose_bytes > max(WORTH * stored, probe.packed_bytes, module.razor_config.min_numel)
@@ -220,8 +218,7 @@ def _packed_inputs(
 
 def _spec(module: RazorRecomputed, x: Tensor) -> PackSpec:
     config = module.razor_config
-    row_dims = x.dim() - 2 if x.dim() > 3 and _has_convolutions(module, x.dim() - 2) else 1
-    return PackSpec(config.sparsity, "row", INPUT_BITS, config.value_dtype, row_dims=row_dims)
+    return PackSpec(config.sparsity, "row", INPUT_BITS, config.value_dtype, row_dims=row_dims(module, x))
 
 
 def _holds_stack(module: nn.Module) -> bool:
@@ -255,7 +252,3 @@ def _random_state(tensors: Iterable[Tensor]) -> AbstractContextManager:
 
 def _stored_bytes(x: Tensor, spec: PackSpec | None) -> float:
     return x.numel() * (x.element_size() if spec is None else spec.bits / 8)
-
-
-def _has_convolutions(module: nn.Module, dimensions: int) -> bool:
-    return any(isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]) for m in module.modules())
