@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .modules.probe import is_probing
 from .saved_tensors import strided_parts
 
 
@@ -21,7 +22,8 @@ class LiveMemory(TorchDispatchMode):
 
     Attributes:
         live: bytes alive now.
-        peak: the greatest that `live` was.
+        peak: the greatest that `live` was, but while a module's first forward is looked at (see `modules.probe`): that
+            happens once in a training, not in each step.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
@@ -45,7 +47,8 @@ class LiveMemory(TorchDispatchMode):
             storage = x.untyped_storage()
             if storage._cdata not in self._counted:
                 self._count(storage, storage.nbytes())
-        self.peak = max(self.peak, self.live)
+        if not is_probing():
+            self.peak = max(self.peak, self.live)
         return result
 
     def _count(self, storage: UntypedStorage, nbytes: int) -> None:

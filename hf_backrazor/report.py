@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .functional.rng import forked_rng
 from .modules import OPERATORS, RazorModule, RazorRecomputed, running_sums, sees_probes
 from .saved_tensors import noting_saved
 
@@ -278,12 +279,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = {x.device for x in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
-    device_type = next(iter(devices)).type if devices else "cuda"
     try:
         if not model.training:
             model.train()
-        with torch.random.fork_rng(devices=list(devices), device_type=device_type):
+        with forked_rng(p.device for p in model.parameters()):
             yield
     finally:
         for module, training in modes:

@@ -22,15 +22,13 @@ from typing import Any
 
 import torch
 import transformers
-from datasets import Dataset, disable_progress_bars
+from datasets import disable_progress_bars
 from peft import LoraConfig
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
-    PreTrainedTokenizerFast,
     PrinterCallback,
 )
 from trl import (
@@ -46,15 +44,9 @@ from trl import (
 
 from hf_backrazor import RazorConfig, get_razor_model
 from hf_backrazor.live_memory import LiveMemory
+from invented_talks import InventedTalks, score
 
-WORDS = [f"{letter}{number}" for letter in "abcdefgh" for number in range(512)]
-SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "user", "assistant"]
-# With the marks that `assistant_only_loss` asks for.
-TEMPLATE = (
-    "{% for message in messages %}{% if message.role == 'assistant' %}{{ 'assistant ' }}{% generation %}"
-    "{{ message.content + ' </s>' }}{% endgeneration %}{% else %}{{ 'user ' + message.content + ' ' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
-)
+VOCABULARY_SIZE = 4096
 STEPS = 3
 DENSE, CHECKPOINTING = "dense", "gradient checkpointing"
 ROWS = (DENSE, CHECKPOINTING, "lossless", "balanced", "compact")
@@ -90,7 +82,8 @@ def main() -> None:
 def train(name: str, row: str, args: argparse.Namespace) -> tuple[Log, float, float]:
     """What a trainer logs, the MiB that it holds for backward in the last step, and a step's time."""
     make, settings = TRAINERS[name]
-    model = llama(LlamaForSequenceClassification if name == "reward" else LlamaForCausalLM, args.hidden)
+    data = InventedTalks(VOCABULARY_SIZE, args.words)
+    model = llama(LlamaForSequenceClassification if name == "reward" else LlamaForCausalLM, args.hidden, data.tokens)
     if row not in (DENSE, CHECKPOINTING):
         get_razor_model(model, RazorConfig.preset(row))
     with tempfile.TemporaryDirectory() as folder:
@@ -99,7 +92,7 @@ def train(name: str, row: str, args: argparse.Namespace) -> tuple[Log, float, fl
             "report_to": [], "save_strategy": "no", "bf16": False, "learning_rate": 1e-3, "disable_tqdm": True,
             "dataloader_pin_memory": False, "gradient_checkpointing": row == CHECKPOINTING,
         }  # fmt: skip
-        trainer = make({**common, **settings}, model, args.words, LORA if args.lora else None)
+        trainer = make({**common, **settings}, model, data, LORA if args.lora else None)
         trainer.remove_callback(PrinterCallback)
         watch = Watch(trainer)
         trainer.train()
@@ -144,73 +137,34 @@ def difference(log: Log, expected: Log) -> float:
     )
 
 
-def sentence(seed: int, length: int) -> str:
-    picked = torch.randint(len(WORDS), (length,), generator=torch.Generator().manual_seed(seed))
-    return " ".join(WORDS[index] for index in picked)
-
-
-def said(seed: int, role: str, length: int) -> list[dict[str, str]]:
-    return [{"role": role, "content": sentence(seed, length)}]
-
-
-def talks(words: int) -> Dataset:
-    lengths = [words - seed % (words // 5) for seed in range(32)]
-    rows = [said(i, "user", words // 4) + said(i + 99, "assistant", length) for i, length in enumerate(lengths)]
-    return Dataset.from_dict({"messages": rows})
-
-
-def preferences(words: int) -> Dataset:
-    rows = [
-        {
-            "prompt": said(seed, "user", words // 4),
-            "chosen": said(seed + 99, "assistant", words - seed % (words // 5)),
-            "rejected": said(seed + 999, "assistant", words - seed % (words // 10)),
-        }
-        for seed in range(32)
-    ]
-    return Dataset.from_list(rows)
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {word: index for index, word in enumerate(SPECIAL + WORDS)}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=TEMPLATE, **special)
-
-
-def llama(cls: type[nn.Module], hidden: int) -> nn.Module:
+def llama(cls: type[nn.Module], hidden: int, tokens: dict[str, int]) -> nn.Module:
     torch.manual_seed(0)
     sizes = {"hidden_size": hidden, "intermediate_size": 8 * hidden // 3 // 32 * 32}
     heads = {"num_attention_heads": max(1, hidden // 64), "num_key_value_heads": max(1, hidden // 128)}
-    tokens = {"vocab_size": len(SPECIAL + WORDS), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     return cls(LlamaConfig(**sizes, **heads, **tokens, num_hidden_layers=4, num_labels=1))
 
 
-def sft(settings: dict[str, Any], model: nn.Module, words: int, lora: LoraConfig | None) -> SFTTrainer:
-    others = {"processing_class": tokenizer(), "peft_config": lora}
-    return SFTTrainer(model, SFTConfig(**settings), train_dataset=talks(words), **others)
+def sft(settings: dict[str, Any], model: nn.Module, data: InventedTalks, lora: LoraConfig | None) -> SFTTrainer:
+    others = {"processing_class": data.tokenizer(), "peft_config": lora}
+    return SFTTrainer(model, SFTConfig(**settings), train_dataset=data.talks(), **others)
 
 
-def dpo(settings: dict[str, Any], model: nn.Module, words: int, lora: LoraConfig | None) -> DPOTrainer:
-    others = {"processing_class": tokenizer(), "peft_config": lora}
+def dpo(settings: dict[str, Any], model: nn.Module, data: InventedTalks, lora: LoraConfig | None) -> DPOTrainer:
+    others = {"processing_class": data.tokenizer(), "peft_config": lora}
     if lora is None:  # with adapters, the model without them is the reference
-        others["ref_model"] = llama(LlamaForCausalLM, model.config.hidden_size)
-    return DPOTrainer(model, args=DPOConfig(**settings), train_dataset=preferences(words), **others)
+        others["ref_model"] = llama(LlamaForCausalLM, model.config.hidden_size, data.tokens)
+    return DPOTrainer(model, args=DPOConfig(**settings), train_dataset=data.preferences(), **others)
 
 
-def reward(settings: dict[str, Any], model: nn.Module, words: int, lora: LoraConfig | None) -> RewardTrainer:
-    others = {"processing_class": tokenizer(), "peft_config": lora}
-    return RewardTrainer(model, RewardConfig(**settings), train_dataset=preferences(words), **others)
+def reward(settings: dict[str, Any], model: nn.Module, data: InventedTalks, lora: LoraConfig | None) -> RewardTrainer:
+    others = {"processing_class": data.tokenizer(), "peft_config": lora}
+    return RewardTrainer(model, RewardConfig(**settings), train_dataset=data.preferences(), **others)
 
 
-def grpo(settings: dict[str, Any], model: nn.Module, words: int, lora: LoraConfig | None) -> GRPOTrainer:
-    def score(completions: list, **_: Any) -> list[float]:
-        return [float(sum(map(ord, completion[0]["content"])) % 5) for completion in completions]
-
-    settings = {**settings, "num_generations": 4, "max_completion_length": words // 2}
-    prompts = preferences(words).select_columns(["prompt"])
-    others = {"processing_class": tokenizer(), "peft_config": lora}
+def grpo(settings: dict[str, Any], model: nn.Module, data: InventedTalks, lora: LoraConfig | None) -> GRPOTrainer:
+    settings = {**settings, "num_generations": 4, "max_completion_length": data.words // 2}
+    prompts = data.prompts()
+    others = {"processing_class": data.tokenizer(), "peft_config": lora}
     return GRPOTrainer(model, score, args=GRPOConfig(**settings), train_dataset=prompts, **others)
 
 

@@ -13,8 +13,8 @@ from torch import nn
 pytest.importorskip("trl")
 
 from datasets import Dataset
+from invented_talks import InventedTalks, score
 from peft import LoraConfig
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 from trl import (
     DPOConfig,
@@ -30,56 +30,18 @@ from trl import (
 from hf_backrazor import RazorConfig, get_razor_model
 from hf_backrazor.modules import RazorModule
 
-WORDS = [f"{letter}{number}" for letter in "abcdefgh" for number in range(30)]
-SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "user", "assistant"]
-# With the marks that `assistant_only_loss` asks for.
-TEMPLATE = (
-    "{% for message in messages %}{% if message.role == 'assistant' %}{{ 'assistant ' }}{% generation %}"
-    "{{ message.content + ' </s>' }}{% endgeneration %}{% else %}{{ 'user ' + message.content + ' ' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
-)
+TALKS = InventedTalks(vocabulary_size=240, words=16)
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {word: index for index, word in enumerate(SPECIAL + WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE, **special)
-
-
-def sentence(seed: int, length: int) -> str:
-    picked = torch.randint(len(WORDS), (length,), generator=torch.Generator().manual_seed(seed))
-    return " ".join(WORDS[index] for index in picked)
-
-
-def said(seed: int, role: str, length: int) -> list[dict[str, str]]:
-    return [{"role": role, "content": sentence(seed, length)}]
-
-
-def talks() -> Dataset:
-    rows = [said(seed, "user", 4 + seed % 5) + said(seed + 99, "assistant", 9 + seed % 7) for seed in range(32)]
-    return Dataset.from_dict({"messages": rows})
-
-
-def preferences() -> Dataset:
-    rows = [
-        {
-            "prompt": said(seed, "user", 4 + seed % 5),
-            "chosen": said(seed + 99, "assistant", 9 + seed % 7),
-            "rejected": said(seed + 999, "assistant", 9 + seed % 3),
-        }
-        for seed in range(32)
-    ]
-    return Dataset.from_list(rows)
+    return TALKS.tokenizer()
 
 
 def llama(cls: type[nn.Module] = LlamaForCausalLM) -> nn.Module:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    tokens = {"vocab_size": len(SPECIAL + WORDS), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    return cls(LlamaConfig(**sizes, **tokens, num_hidden_layers=3, num_labels=1))
+    return cls(LlamaConfig(**sizes, **TALKS.tokens, num_hidden_layers=3, num_labels=1))
 
 
 LORA = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0)
@@ -163,7 +125,7 @@ SFT = {
 @pytest.mark.parametrize("adapters", [None, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("name", SFT)
 def test_sft(name: str, adapters: LoraConfig | None, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    make = trainers(SFTTrainer, SFTConfig, talks(), processing_class=tokenizer, peft_config=adapters)
+    make = trainers(SFTTrainer, SFTConfig, TALKS.talks(), processing_class=tokenizer, peft_config=adapters)
     _, expected, dense = train(make, llama(), tmp_path, **SFT[name])
     assert {"loss", "grad_norm", "entropy", "mean_token_accuracy"} <= set(expected[0])
     _, exact, _ = train(make, get_razor_model(llama(), RazorConfig.preset("lossless")), tmp_path, **SFT[name])
@@ -183,7 +145,7 @@ def test_sft(name: str, adapters: LoraConfig | None, tokenizer: PreTrainedTokeni
 def test_packed_checkpoints_take_over_what_sft_turns_on(
     adapters: LoraConfig | None, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    make = trainers(SFTTrainer, SFTConfig, talks(), processing_class=tokenizer, peft_config=adapters)
+    make = trainers(SFTTrainer, SFTConfig, TALKS.talks(), processing_class=tokenizer, peft_config=adapters)
     _, expected, checkpointing = train(make, llama(), tmp_path)
     _, found, compact = train(make, get_razor_model(llama(), RazorConfig.preset("compact")), tmp_path)
     assert_same_log(losses(found), losses(expected), 1e-2)
@@ -195,7 +157,7 @@ def test_dpo(adapters: LoraConfig | None, tokenizer: PreTrainedTokenizerFast, tm
     others = {"processing_class": tokenizer, "peft_config": adapters}
     if adapters is None:  # with adapters, the model without them is the reference
         others["ref_model"] = llama()
-    make = trainers(DPOTrainer, DPOConfig, preferences(), **others)
+    make = trainers(DPOTrainer, DPOConfig, TALKS.preferences(), **others)
     _, expected, dense = train(make, llama(), tmp_path, **DENSE)
     _, exact, _ = train(make, get_razor_model(llama(), RazorConfig.preset("lossless")), tmp_path, **DENSE)
     assert_same_log(exact, expected, 1e-4)
@@ -206,7 +168,7 @@ def test_dpo(adapters: LoraConfig | None, tokenizer: PreTrainedTokenizerFast, tm
 
 @pytest.mark.parametrize("adapters", [None, LORA], ids=["full", "lora"])
 def test_reward(adapters: LoraConfig | None, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    make = trainers(RewardTrainer, RewardConfig, preferences(), processing_class=tokenizer, peft_config=adapters)
+    make = trainers(RewardTrainer, RewardConfig, TALKS.preferences(), processing_class=tokenizer, peft_config=adapters)
     plain, to_be_exact, to_be_packed = (llama(LlamaForSequenceClassification) for _ in range(3))
     _, expected, dense = train(make, plain, tmp_path, **DENSE)
     _, exact, _ = train(make, get_razor_model(to_be_exact, RazorConfig.preset("lossless")), tmp_path, **DENSE)
@@ -217,11 +179,8 @@ def test_reward(adapters: LoraConfig | None, tokenizer: PreTrainedTokenizerFast,
 
 @pytest.mark.parametrize("adapters", [None, LORA], ids=["full", "lora"])
 def test_grpo(adapters: LoraConfig | None, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    def reward(completions: list, **others: Any) -> list[float]:
-        return [float(sum(map(ord, completion[0]["content"])) % 5) for completion in completions]
-
-    others = {"processing_class": tokenizer, "peft_config": adapters, "reward_funcs": reward}
-    make = trainers(GRPOTrainer, GRPOConfig, preferences().select_columns(["prompt"]), **others)
+    others = {"processing_class": tokenizer, "peft_config": adapters, "reward_funcs": score}
+    make = trainers(GRPOTrainer, GRPOConfig, TALKS.prompts(), **others)
     settings = {**DENSE, "num_generations": 4, "max_completion_length": 12}
     _, expected, dense = train(make, llama(), tmp_path, **settings)
     assert all(entry["grad_norm"] > 0 for entry in expected)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -31,6 +31,13 @@ def set_rng_state(device: torch.device, state: Tensor) -> None:
 def fast_dropout(device: torch.device) -> AbstractContextManager:
     """A context in which somebody else's code draws its dropout faster, where that can be; the same numbers."""
     return FastBernoulli() if device.type == "cpu" else nullcontext()
+
+
+def forked_rng(devices: Iterable[torch.device]) -> AbstractContextManager:
+    """A context after which the default generators of these devices, and the CPU's, are as they were before it."""
+    others = {device for device in devices if device.type not in ("cpu", "meta")}
+    device_type = next(iter(others)).type if others else "cuda"
+    return torch.random.fork_rng(devices=list(others), device_type=device_type)
 
 
 @contextmanager

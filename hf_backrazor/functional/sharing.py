@@ -20,15 +20,13 @@ class _Entry:
     Attributes:
         version: the tensor's when this was noted; a change in place makes it another tensor.
         origin: how the tensor is restored from what the operator saves that made it.
-        copies: how consumers packed it so far.
-        whole: the same, of those that take nothing from `origin`.
+        copies: how consumers packed it so far, and whether from `origin`.
         cast_from: the tensor that this one is a wider copy of, and the version that it had.
     """
 
     version: int
     origin: Packed | None = None
-    copies: dict[tuple[PackSpec, torch.dtype], Packed] = field(default_factory=dict)
-    whole: dict[tuple[PackSpec, torch.dtype], Packed] = field(default_factory=dict)
+    copies: dict[tuple[PackSpec, torch.dtype, bool], Packed] = field(default_factory=dict)
     cast_from: tuple[Tensor, int] | None = None
 
 
@@ -91,7 +89,7 @@ def origin_of(x: Tensor) -> Packed | None:
     return entry.origin if entry is not None and entry.version == x._version else None
 
 
-def pack_shared(x: Tensor, spec: PackSpec, dtype: torch.dtype | None = None) -> Packed:
+def pack_shared(x: Tensor, spec: PackSpec, dtype: torch.dtype | None = None, derived: bool = True) -> Packed:
     """Pack `x`, or return a copy that is there already.
 
     That is the copy that an earlier consumer packed in the same way. Or, if `spec` wants codes for what is not kept
@@ -102,6 +100,8 @@ def pack_shared(x: Tensor, spec: PackSpec, dtype: torch.dtype | None = None) -> 
         x: any floating-point tensor; shared if it has a `grad_fn`. A change in place since it was packed is noticed.
         spec: how to pack it.
         dtype: cast to this before packing (default: the dtype of `x`), as the consumer's own computation does.
+        derived: whether what the operator that made `x` saves may serve. Not for who computes much from `x`: a norm's
+            x_hat in 3 bits is enough for a weight's gradient, and not for a module that is computed again.
     """
     dtype = dtype or x.dtype
     entry = _entry(x)
@@ -113,12 +113,13 @@ def pack_shared(x: Tensor, spec: PackSpec, dtype: torch.dtype | None = None) -> 
     if spec.bits and entry.cast_from is not None:
         source, version = entry.cast_from
         if source._version == version:
-            return pack_shared(source, spec)
-    key = (spec, dtype)
+            return pack_shared(source, spec, derived=derived)
+    derived = derived and bool(spec.bits) and entry.origin is not None
+    key = (spec, dtype, derived)
     if key not in entry.copies:
         dense = x.detach().to(dtype)
         origin = None
-        if spec.bits and entry.origin is not None:
+        if derived and entry.origin is not None:
             # In the rows that the consumer reads: tokens, or feature maps.
             origin = entry.origin.layout.regrouped(entry.origin.parts, sparse_layout(x.shape, x.dtype, spec).matrix)
         if origin is None:
@@ -126,20 +127,6 @@ def pack_shared(x: Tensor, spec: PackSpec, dtype: torch.dtype | None = None) -> 
         else:
             entry.copies[key] = _correct(origin, dense, spec)
     return entry.copies[key]
-
-
-def pack_whole(x: Tensor, spec: PackSpec) -> Packed:
-    """Pack `x` by itself, whatever the operator that made it saves; or return a copy like this that is there already.
-
-    For who computes much from it: a norm's x_hat in 3 bits is enough for a weight's gradient, and not for a module that
-    is computed again.
-    """
-    entry = _entry(x)
-    if entry is None:
-        return pack(x.detach(), spec)
-    if (spec, x.dtype) not in entry.whole:
-        entry.whole[spec, x.dtype] = pack(x.detach(), spec)
-    return entry.whole[spec, x.dtype]
 
 
 def _alone(x: Tensor, packed: Packed) -> Packed:

@@ -23,10 +23,10 @@ _CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
 
 @cache
-def argument_names(cls: type[nn.Module]) -> tuple[str, ...]:
-    """Names of the arguments of the class's forward that may be given by position."""
+def argument_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the arguments of a class's forward that may be given by position, but for `self`."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(name for name, each in inspect.signature(cls.forward).parameters.items() if each.kind in kinds)[1:]
+    return tuple(name for name, each in inspect.signature(forward).parameters.items() if each.kind in kinds)[1:]
 
 
 def without_caches(

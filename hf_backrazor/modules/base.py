@@ -19,6 +19,7 @@ from ..config import RazorConfig
 from ..extension import Extension, extend
 from ..functional.sharing import origin_of
 from ..packing import PackSpec
+from .again import argument_names
 from .own_calls import without_own_calls
 from .probe import is_dense, operator_running
 
@@ -71,7 +72,7 @@ class RazorModule(Extension, _Module):
         """See `Extension.members`: where the plain forward has other names for its arguments, one that takes those."""
         if not hasattr(cls, "forward"):
             return {}
-        theirs, ours = (_positional(owner.forward) for owner in (extended, cls))
+        theirs, ours = (argument_names(owner.forward) for owner in (extended, cls))
         renamed = {their: our for their, our in zip(theirs, ours, strict=False) if their != our}
         if not renamed:
             return {}
@@ -164,12 +165,6 @@ class RazorModule(Extension, _Module):
     def extra_repr(self) -> str:
         """The plain module's, followed by the razor settings."""
         return ", ".join(text for text in (super().extra_repr(), self.razor_repr()) if text)
-
-
-def _positional(function: Callable[..., Any]) -> list[str]:
-    """Names of the arguments that may be given by position, but for `self`."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [name for name, each in inspect.signature(function).parameters.items() if each.kind in kinds][1:]
 
 
 def stand_in(module: RazorModule, parameters: Mapping[str, Tensor]) -> nn.Module:

@@ -138,7 +138,7 @@ class RazorBlock(RazorModule):
     def _forward(self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The plain forward's result; of what it saves, only its arguments are kept."""
         plain = self.razor_instance_forward or plain
-        names = argument_names(self.plain_class)
+        names = argument_names(self.plain_class.forward)
         x = args[0] if args else kwargs.get(names[0]) if names else None
         if not self._recomputes(x, (*args, *kwargs.values())):
             return plain(*args, **kwargs)

@@ -48,6 +48,11 @@ def dense() -> Iterator[None]:
         _state.dense -= 1
 
 
+def is_probing() -> bool:
+    """Whether a forward runs that is looked at and thrown away."""
+    return _state.probes > 0
+
+
 def operator_running() -> AbstractContextManager:
     """A context for an operator of razor; what is saved inside of it is no loose tensor."""
     if not _state.probes:

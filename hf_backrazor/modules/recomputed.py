@@ -9,8 +9,7 @@ then these are stored, in 8 bits, and the module runs once more in backward.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import ref
 
@@ -24,7 +23,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..compat import in_checkpoint, keeps_parametrized
 from ..config import RazorConfig
 from ..functional.checkpoint import packed_checkpoint
-from ..functional.sharing import pack_whole
+from ..functional.rng import forked_rng
+from ..functional.sharing import pack_shared
 from ..functional.stream import StoredInput
 from ..packing import PackSpec
 from .adapter import RazorAdapter
@@ -137,7 +137,7 @@ def _forward(
     decision = module.razor_decision
     if decision.again is None and (mode := detect_fake_mode(tensors)) is not None:
         decision = decision.of_estimate(mode)
-    names = argument_names(module.plain_class)
+    names = argument_names(module.plain_class.forward)
     arguments = without_caches(module, names, args, kwargs, warns=decision.again is True)
     if arguments is None:
         return function(*args, **kwargs)
@@ -151,7 +151,8 @@ def _forward(
     plain = functools.partial(_plainly, function)
     again = functools.partial(State(module, decision.changing).call, plain)
     packed = [
-        (x, StoredInput(0, pack_whole(x, spec)).unpack) for x, spec in _packed_inputs(decision, module, args, kwargs)
+        (x, StoredInput(0, pack_shared(x, spec, derived=False)).unpack)
+        for x, spec in _packed_inputs(decision, module, args, kwargs)
     ]
     with operator_running():
         return packed_checkpoint(plain, args, kwargs, packed, masks, again)
@@ -175,7 +176,7 @@ def _decide(
     probe = Probe([*there, *(x for x in copies.values() if not x.requires_grad)], inputs)
     before = State(module)
     with before.restored():
-        with _random_state(copies.values()), probe.watching():
+        with forked_rng(x.device for x in copies.values()), probe.watching():
             copied_args, copied_kwargs = tree_map(lambda x: copies.get(id(x), x), (args, kwargs))
             result = function(*copied_args, **copied_kwargs)
         del result
@@ -241,13 +242,6 @@ def _is_composite(module: nn.Module) -> bool:
 def _plainly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with dense():
         return function(*args, **kwargs)
-
-
-def _random_state(tensors: Iterable[Tensor]) -> AbstractContextManager:
-    """Puts the random state of these tensors' devices back."""
-    devices = {x.device for x in tensors} - {torch.device("cpu"), torch.device("meta")}
-    device_type = next(iter(devices)).type if devices else "cuda"
-    return torch.random.fork_rng(devices=list(devices), device_type=device_type)
 
 
 def _stored_bytes(x: Tensor, spec: PackSpec | None) -> float:
