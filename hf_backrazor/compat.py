@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
+from torch._C._dynamo import eval_frame
 from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 from torch.nn.utils import parametrize
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def no_frame_of_its_own(function: _Function) -> _Function:
+    """Mark a function that the compiler traces inside of others and nowhere else.
+
+    What many classes share would be traced once for each, up to a limit that it warns of.
+    """
+    skip = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT)
+    eval_frame.set_code_exec_strategy(function.__code__, skip)
+    return function
 
 
 def in_functorch_transform() -> bool:

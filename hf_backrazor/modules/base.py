@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..compat import in_checkpoint, in_functorch_transform
+from ..compat import in_checkpoint, in_functorch_transform, no_frame_of_its_own
 from ..config import RazorConfig
 from ..extension import Extension, extend
 from ..functional.sharing import origin_of
@@ -88,6 +88,7 @@ class RazorModule(Extension, _Module):
         for name in [name for name in self.__dict__ if name.startswith("razor_")]:
             del self.__dict__[name]
 
+    @no_frame_of_its_own
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the plain module's."""
         # Outside of training it is the plain module, which the compiler and `torch.export` can trace.

@@ -106,9 +106,14 @@ class Probe:
 
     def __init__(self, known: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
         self.loose_bytes = self.packed_bytes = 0
-        self.branches = self.checkpoints = False
+        self.checkpoints = False
         self._known = list(known)
-        self._branching = _Branching(self, inputs)
+        self._branching = _Branching(inputs)
+
+    @property
+    def branches(self) -> bool:
+        """See the class."""
+        return self._branching.seen
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -151,9 +156,9 @@ _INDEXES: set[Callable[..., Any]] = {Tensor.__getitem__, Tensor.__setitem__}
 class _Branching(TorchFunctionMode):
     """Sees whether values decide, that a gradient goes through or that are computed from such."""
 
-    def __init__(self, probe: Probe, inputs: Iterable[Tensor]) -> None:
+    def __init__(self, inputs: Iterable[Tensor]) -> None:
         super().__init__()
-        self._probe = probe
+        self.seen = False
         # Weakly, as what dies with its part of the graph is not saved in the end.
         self._computed: WeakTensorKeyDictionary = WeakTensorKeyDictionary(dict.fromkeys(inputs, True))
 
@@ -170,7 +175,7 @@ class _Branching(TorchFunctionMode):
         reads = func in _READS_VALUES or (func is torch.where and len(args) + len(kwargs) == 1)
         index = _tensors(args[1]) if func in _INDEXES else ()
         if reads or any(x.dtype == torch.bool and self._is_computed(x) for x in index):
-            self._probe.branches = True
+            self.seen = True
         for x in _tensors(result):
             if x.grad_fn is None:
                 self._computed[x] = True
