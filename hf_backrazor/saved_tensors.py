@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -20,26 +20,35 @@ def noting_saved(note: Callable[[Tensor], Callable[[], None]], known: Iterable[T
     What it returns is called if the storage dies inside of the context, with the part of the graph that held it: DoRA
     drops some of what its forward saves. Another storage may then come to lie at the same address.
     """
-    seen = {_storage_key(part) for x in known for part in strided_parts(x)}
+    seen = {storage_key(part) for x in known for part in strided_parts(x)}
     watched: list[weakref.finalize] = []
+
+    def see(part: Tensor) -> None:
+        if (key := storage_key(part)) not in seen:
+            seen.add(key)
+            watched.append(weakref.finalize(part.untyped_storage(), _forget, seen, key, note(part)))
+
+    try:
+        with seeing_saved(see):
+            yield
+    finally:
+        for each in watched:
+            each.detach()
+
+
+def seeing_saved(see: Callable[[Tensor], None]) -> AbstractContextManager:
+    """A context in which `see` is called with each tensor that is saved, each time; with the parts of sparse ones."""
 
     def pack(x: Tensor) -> Tensor:
         for part in strided_parts(x):
-            if (key := _storage_key(part)) not in seen:
-                seen.add(key)
-                watched.append(weakref.finalize(part.untyped_storage(), _forget, seen, key, note(part)))
+            see(part)
         if not x.requires_grad:
             return x
         # Not itself: an operator's own output would keep its graph alive, and the graph the output.
         with torch._C.DisableTorchFunctionSubclass():
             return x.detach()
 
-    try:
-        with saved_tensors_hooks(pack, lambda x: x):
-            yield
-    finally:
-        for each in watched:
-            each.detach()
+    return saved_tensors_hooks(pack, lambda x: x)
 
 
 def strided_parts(x: Tensor) -> tuple[Tensor, ...]:
@@ -58,5 +67,6 @@ def _forget(seen: set[int], key: int, uncount: Callable[[], None]) -> None:
     uncount()
 
 
-def _storage_key(x: Tensor) -> int:
+def storage_key(x: Tensor) -> int:
+    """What tells the storage of `x` from others that are alive."""
     return x.untyped_storage()._cdata

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +15,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..compat import in_checkpoint
-from ..saved_tensors import noting_saved
+from ..saved_tensors import seeing_saved, storage_key, strided_parts
 
 
 class _State(threading.local):
     """Of the code that runs in this thread."""
 
     def __init__(self) -> None:
-        self.probes = 0
+        self.probes: list[Probe] = []
+        self.saved = 0
         self.operators = 0
         self.checkpointed = 0
         self.dense = 0
@@ -50,7 +52,7 @@ def dense() -> Iterator[None]:
 
 def is_probing() -> bool:
     """Whether a forward runs that is looked at and thrown away."""
-    return _state.probes > 0
+    return bool(_state.probes)
 
 
 def operator_running() -> AbstractContextManager:
@@ -85,15 +87,13 @@ def has_hooks_inside(module: nn.Module) -> bool:
 
 
 class Probe:
-    """What one forward of a module shows.
+    """What one forward of a module shows. Probes of modules inside of it may look at the same run.
 
     Args:
-        known: tensors that are not counted, as they are there anyway.
+        known: tensors that are not counted, as they are there anyway. They have to live as long as the probe watches.
         inputs: what the module computes from.
 
     Attributes:
-        loose_bytes: of the tensors that autograd saved for operators that razor has none for, without indices.
-        packed_bytes: of those that razor's operators saved.
         branches: whether what the module does, or the shapes in it, depend on the values of what it computes.
         checkpoints: whether operators of razor run under an activation checkpointing of its own.
 
@@ -105,42 +105,101 @@ class Probe:
     """
 
     def __init__(self, known: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
-        self.loose_bytes = self.packed_bytes = 0
-        self.checkpoints = False
-        self._known = list(known)
-        self._branching = _Branching(inputs)
+        self.branches = self.checkpoints = False
+        self._known = {storage_key(part) for x in known for part in strided_parts(x)}
+        # Weakly, as what dies with its part of the graph is not saved in the end.
+        self._computed: WeakTensorKeyDictionary = WeakTensorKeyDictionary(dict.fromkeys(inputs, True))
+        self._saved: dict[int, _Saved] = {}
+        self._instead = 0
 
     @property
-    def branches(self) -> bool:
-        """See the class."""
-        return self._branching.seen
+    def loose_bytes(self) -> int:
+        """Of the tensors that autograd saved for operators that razor has none for, without indices."""
+        return sum(each.nbytes for each in self._saved.values() if each.loose)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Of those that razor's operators saved."""
+        return sum(each.nbytes for each in self._saved.values() if not each.loose) + self._instead
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Inside this context the module is to run once; what it returns has to live until the context ends."""
         # An operator that this probe is inside of has nothing to do with it.
-        operators, _state.operators = _state.operators, 0
-        _state.probes += 1
+        self._operators, self._start = _state.operators, _state.saved
         checkpointed = _state.checkpointed
+        _state.probes.append(self)
         try:
-            with self._branching, noting_saved(self._note, self._known):
+            with _looking() if len(_state.probes) == 1 else _NOTHING:
                 yield
             self.checkpoints = _state.checkpointed > checkpointed
         finally:
-            _state.probes -= 1
-            _state.operators = operators
+            _state.probes.pop()
 
-    def _note(self, x: Tensor) -> Callable[[], None]:
-        size = x.untyped_storage().nbytes()
-        if _state.operators:
-            self.packed_bytes += size
-        elif x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-            self.loose_bytes += size
-            return lambda: self._forget(size)
-        return lambda: None
+    def replace(self, nbytes: int) -> None:
+        """Tell the probes around this one that the module will store so many bytes instead of what was seen."""
+        for outer in _state.probes:
+            for key in [key for key, each in outer._saved.items() if each.number > self._start]:
+                del outer._saved[key]
+            outer._instead += nbytes
 
-    def _forget(self, size: int) -> None:
-        self.loose_bytes -= size
+    def _see(self, key: int, nbytes: int, floating: bool) -> None:
+        packed = _state.operators > self._operators
+        if key not in self._known and key not in self._saved and (packed or floating):
+            self._saved[key] = _Saved(nbytes, not packed, _state.saved)
+
+    def _look(self, values: list[Tensor], index: list[Tensor], reads: bool, results: list[Tensor]) -> None:
+        if not any(map(self._is_computed, values)):
+            return
+        if reads or any(map(self._is_computed, index)):
+            self.branches = True
+        for x in results:
+            self._computed[x] = True
+
+    def _is_computed(self, x: Tensor) -> bool:
+        # What autograd functions return is seen by its graph alone.
+        return x.grad_fn is not None or x in self._computed
+
+
+class _Saved(NamedTuple):
+    """A storage that autograd saved in a forward.
+
+    Attributes:
+        nbytes: its size.
+        loose: whether no operator of razor saved it.
+        number: of those in this thread, when it was saved.
+    """
+
+    nbytes: int
+    loose: bool
+    number: int
+
+
+@contextmanager
+def _looking() -> Iterator[None]:
+    """Inside this context the probes of this thread see what is saved and which functions of torch are called."""
+    watched: list[weakref.finalize] = []
+
+    def see(part: Tensor) -> None:
+        storage, key = part.untyped_storage(), storage_key(part)
+        _state.saved += 1
+        floating = part.is_floating_point() or part.is_complex() or part.dtype == torch.bool
+        for probe in _state.probes:
+            probe._see(key, storage.nbytes(), floating)
+        watched.append(weakref.finalize(storage, _forget, [probe._saved for probe in _state.probes], key))
+
+    try:
+        with _Calls(), seeing_saved(see):
+            yield
+    finally:
+        for each in watched:
+            each.detach()
+
+
+def _forget(counts: list[dict[int, _Saved]], key: int) -> None:
+    """Storages that die with their part of the graph leave nothing. DoRA drops some of what its forward saves."""
+    for saved in counts:
+        saved.pop(key, None)
 
 
 # Their result, or its shape, is what values say.
@@ -153,36 +212,22 @@ _READS_VALUES: set[Callable[..., Any]] = {
 _INDEXES: set[Callable[..., Any]] = {Tensor.__getitem__, Tensor.__setitem__}
 
 
-class _Branching(TorchFunctionMode):
-    """Sees whether values decide, that a gradient goes through or that are computed from such."""
-
-    def __init__(self, inputs: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.seen = False
-        # Weakly, as what dies with its part of the graph is not saved in the end.
-        self._computed: WeakTensorKeyDictionary = WeakTensorKeyDictionary(dict.fromkeys(inputs, True))
+class _Calls(TorchFunctionMode):
+    """Shows the probes of this thread which values decide: those that a gradient goes through, and all from these."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        # Else each attribute that is read here goes through the probes around this one, which read some themselves.
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        # Else attributes that are read here would come here again.
         with torch._C.DisableTorchFunction():
-            self._look(func, args, kwargs or {}, result)
+            reads = func in _READS_VALUES or (func is torch.where and len(args) + len(kwargs) == 1)
+            index = [x for x in _tensors(args[1]) if x.dtype == torch.bool] if func in _INDEXES else []
+            results = [x for x in _tensors(result) if x.grad_fn is None]
+            if reads or index or results:
+                values = list(_tensors(*args, *kwargs.values()))
+                for probe in _state.probes:
+                    probe._look(values, index, reads, results)
         return result
-
-    def _look(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
-        if not any(map(self._is_computed, _tensors(*args, *kwargs.values()))):
-            return
-        reads = func in _READS_VALUES or (func is torch.where and len(args) + len(kwargs) == 1)
-        index = _tensors(args[1]) if func in _INDEXES else ()
-        if reads or any(x.dtype == torch.bool and self._is_computed(x) for x in index):
-            self.seen = True
-        for x in _tensors(result):
-            if x.grad_fn is None:
-                self._computed[x] = True
-
-    def _is_computed(self, x: Tensor) -> bool:
-        # What autograd functions return is seen by its graph alone.
-        return x.grad_fn is not None or x in self._computed
 
 
 def _tensors(*values: Any) -> Iterator[Tensor]:

@@ -30,7 +30,7 @@ from ..packing import PackSpec
 from .adapter import RazorAdapter
 from .again import Changes, State, argument_names, is_mask, row_dims, without_caches
 from .base import RazorModule
-from .probe import Probe, dense, has_hooks_inside, operator_running
+from .probe import Probe, dense, has_hooks_inside, is_probing, operator_running
 
 # 8 bits, with some elements exact, have a cosine of 0.9999: what is computed from them is right but for that.
 INPUT_BITS = 8
@@ -142,6 +142,8 @@ def _forward(
     if arguments is None:
         return function(*args, **kwargs)
     if decision.again is None and not has_hooks_inside(module):
+        if is_probing():
+            return _look(decision, module, function, *arguments)
         _decide(decision, module, function, *arguments)
     if not decision.again:
         return function(*args, **kwargs)
@@ -165,30 +167,45 @@ def _decide(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
-    """Run the module, and see what that saves."""
-    tensors = {id(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+    """Run the module once to look at it, and leave no trace of that."""
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     # Of copies, as the module may change its arguments in place.
-    copies = {key: x.clone() for key, x in tensors.items()}
-    inputs = [x for x in copies.values() if x.requires_grad]
+    copies = {id(x): x.clone() for x in tensors}
+    args, kwargs = tree_map(lambda x: copies.get(id(x), x), (args, kwargs))
+    with State(module).restored(), forked_rng(x.device for x in tensors):
+        _look(decision, module, function, args, kwargs)
+
+
+def _look(
+    decision: Decision,
+    module: RazorRecomputed,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Decide by what the module saves, and return what it does."""
+    tensors = {id(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+    versions = {key: x._version for key, x in tensors.items()}
+    inputs = [x for x in tensors.values() if x.requires_grad]
     # DoRA is given the layer that it belongs to.
     modules = [module, *(x for x in tree_leaves((args, kwargs)) if isinstance(x, nn.Module))]
     there = [x for each in modules for x in (*each.parameters(), *each.buffers())]
-    probe = Probe([*there, *(x for x in copies.values() if not x.requires_grad)], inputs)
+    probe = Probe([*there, *(x for x in tensors.values() if not x.requires_grad)], inputs)
     before = State(module)
-    with before.restored():
-        with forked_rng(x.device for x in copies.values()), probe.watching():
-            copied_args, copied_kwargs = tree_map(lambda x: copies.get(id(x), x), (args, kwargs))
-            result = function(*copied_args, **copied_kwargs)
-        del result
-        decision.changing = before.changed()
+    with probe.watching():
+        result = function(*args, **kwargs)
+    decision.changing = before.changed()
     decision.exact = probe.branches
     specs = {id(x): spec for x, spec in _packed_inputs(decision, module, args, kwargs)}
-    stored = sum(_stored_bytes(x, specs.get(key)) for key, x in tensors.items() if x.requires_grad)
-    decision.again = probe.loose_bytes > max(WORTH * stored, probe.packed_bytes, module.razor_config.min_numel)
+    stored = sum(_stored_bytes(x, specs.get(id(x))) for x in inputs)
+    worth = probe.loose_bytes > max(WORTH * stored, probe.packed_bytes, module.razor_config.min_numel)
     # It would change what is kept of its arguments. And what it checkpoints itself would run in backward when its own
     # second run is over, where operators pack again.
-    changes = any(x._version for x in copies.values())
-    decision.again = decision.again and not (changes or probe.checkpoints)
+    changes = any(x._version != versions[key] for key, x in tensors.items())
+    decision.again = worth and not (changes or probe.checkpoints)
+    if decision.again:
+        probe.replace(round(stored))
+    return result
 
 
 def _parametrized(module: nn.Module) -> Parametrized:
