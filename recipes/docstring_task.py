@@ -6,17 +6,13 @@ never imported. Every library's name is masked in every text: style and subject 
 
 from __future__ import annotations
 
-import ast
 import random
 import re
-import warnings
-from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from one_line_errors import stop
+from installed_source import docstrings, source_files
 
 # Each library, with every other name it goes by: distribution, import alias, spelling in prose.
 LIBRARIES: dict[str, tuple[str, ...]] = {
@@ -32,8 +28,6 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
 }
 MASK = "[MASK]"
 
-# Tests repeat the docstrings they test, and vendored code belongs to another library.
-SKIPPED_FOLDERS = frozenset({"tests", "testing", "test_utils", "externals", "_vendor", "vendored", "array_api_compat"})
 MIN_CHARACTERS = 160
 MAX_CHARACTERS = 1200
 MAX_PER_FILE = 12
@@ -58,36 +52,14 @@ def mask_names(text: str) -> str:
     return NAMES.sub(MASK, text)
 
 
-def _docstrings(file: Path) -> Iterator[str]:
-    try:
-        with warnings.catch_warnings():
-            # Invalid escapes in other people's strings are theirs to warn about.
-            warnings.simplefilter("ignore")
-            tree = ast.parse(file.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError):
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            docstring = ast.get_docstring(node)
-            if docstring and len(docstring) >= MIN_CHARACTERS:
-                yield docstring
-
-
-def _source_files(library: str) -> tuple[Path, list[Path]]:
-    spec = find_spec(library)
-    if spec is None or not spec.submodule_search_locations:
-        stop(f"the docstring task needs {library}: pip install 'hf_backrazor[recipes]'")
-    root = Path(next(iter(spec.submodule_search_locations)))
-    files = [file for file in root.rglob("*.py") if not SKIPPED_FOLDERS & set(file.relative_to(root).parts)]
-    return root, sorted(files, key=lambda file: file.relative_to(root).as_posix())
-
-
 def _collect(root: Path, files: list[Path], limit: int, seen: set[str]) -> list[tuple[str, str]]:
     """Up to `limit` pairs of masked docstring and file, none beginning like a text in `seen`."""
     found: list[tuple[str, str]] = []
     for file in files:
         from_this_file = 0
-        for docstring in _docstrings(file):
+        for _, docstring in docstrings(file):
+            if len(docstring) < MIN_CHARACTERS:
+                continue
             text = mask_names(docstring)[:MAX_CHARACTERS]
             # Docstrings copied from class to class differ in one name or number; their first words do not.
             opening = " ".join(re.findall(r"[a-z]{2,}", text.lower())[:12])
@@ -113,7 +85,7 @@ def docstring_task(train_per_library: int = 270, test_per_library: int = 60, see
     seen: set[str] = set()
     collected: dict[str, dict[str, list[tuple[str, str]]]] = {"train": {}, "test": {}}
     for library in LIBRARIES:
-        root, files = _source_files(library)
+        root, files = source_files(library)
         shuffle.shuffle(files)
         border = round(len(files) * TEST_FILES)
         collected["test"][library] = _collect(root, files[:border], test_per_library, seen)

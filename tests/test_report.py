@@ -186,8 +186,10 @@ def test_report_counts_bits_for_each_element_that_dense_training_saves() -> None
 # In these shapes, what is taken in slices is taken in many.
 LARGE = {"llama": (4, 8192), "bert": (128, 512), "resnet": (64, 3, 224, 224), "segformer": (8, 3, 512, 512)}
 LARGE_CASES = [
-    *((name, "balanced", compiled) for name in LARGE for compiled in (True, False)),
+    *((name, "balanced", True) for name in LARGE),
     *(("llama", preset, True) for preset in ("lossless", "paper")),
+    # In operators of torch, which are slow to run on fake tensors, rows and maps.
+    *((name, "balanced", False) for name in ("llama", "resnet")),
 ]
 
 
