@@ -103,7 +103,6 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
         "HF_HOME": str(tmp_path_factory.mktemp("hf_home")),
-        "OMP_NUM_THREADS": "2",
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(RECIPES), os.environ.get("PYTHONPATH", "")]),
     }
 
@@ -268,7 +267,8 @@ def trained(environment, csv_folder, json_folder, map_folder, tmp_path_factory) 
         "lora_razor": ["vision_lora", "--pretraining_epochs", "1", "--learning_rate", "0.01"],
     }
     for name, arguments in runs.items():
-        arguments += ["--max_steps", "2", "--max_eval_examples", "9", "--output_dir", str(folder / name)]
+        arguments += ["--max_steps", "2", "--max_eval_examples", "9", "--threads", "1"]
+        arguments += ["--output_dir", str(folder / name)]
         arguments += ["--plot"] if name.endswith("razor") else []
     return folder, run_many(environment, runs)
 
@@ -386,7 +386,8 @@ def segmented(environment, map_folder, tmp_path_factory) -> tuple[Path, dict[str
     }
     for name, arguments in runs.items():
         length = [] if "--max_steps" in arguments else ["--max_steps", "2"]
-        runs[name] = ["semantic_segmentation", *arguments, *length, "--output_dir", str(folder / name)]
+        arguments = [*arguments, *length, "--threads", "1"]
+        runs[name] = ["semantic_segmentation", *arguments, "--output_dir", str(folder / name)]
     return folder, run_many(environment, runs)
 
 
@@ -568,7 +569,7 @@ def test_adapters_alone_save_most_of_what_full_fine_tuning_does(trained):
 def test_two_processes_make_one_run(environment, tmp_path):
     # With --cpu, `accelerate launch` starts a single process, whatever --num_processes says.
     done = run(
-        {**environment, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        {**environment, "ACCELERATE_USE_CPU": "true"},
         *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"),
         *(str(RECIPES / "image_classification.py"), "--max_steps", "2", "--output_dir", str(tmp_path / "run")),
     )
@@ -586,7 +587,7 @@ def test_two_processes_score_every_pixel_once(environment, map_folder, segmented
     alone = json.loads((segmented[0] / "still_dense" / "metrics.json").read_text())
     arguments = [*of_maps(map_folder), "--dense", "--learning_rate", "0", "--fixed_batch_norm", "--max_steps", "1"]
     done = run(
-        {**environment, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        {**environment, "ACCELERATE_USE_CPU": "true"},
         *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"),
         *(str(RECIPES / "semantic_segmentation.py"), *arguments, "--eval_batch_size", "2"),
         *("--output_dir", str(tmp_path / "run")),
