@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .functional.rng import forked_rng
+from .functional.rng import HostRandomState, forked_rng
 from .modules import OPERATORS, RazorModule, RazorRecomputed, running_sums, sees_probes
 from .saved_tensors import noting_saved
 
@@ -279,12 +279,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    numbers = HostRandomState()
     try:
         if not model.training:
             model.train()
         with forked_rng(p.device for p in model.parameters()):
             yield
     finally:
+        numbers.restore()
         for module, training in modes:
             module.training = training
         with torch.no_grad():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -114,6 +116,29 @@ def test_one_look_serves_all_modules_inside_of_each_other() -> None:
     assert again(model) == ["0" + 8 * ".inner"]
     output.sum().backward()
     assert len(runs) == 3
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["python", "numpy"])
+def test_random_numbers_of_others_than_torch_are_drawn_once(draw: Callable[[], float]) -> None:
+    class Drawing(WrittenOut):
+        def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+            return super().forward(hidden, mask) * draw()
+
+    model, x = Wrapped(Drawing()).train(), torch.randn(2, 64, 32)
+
+    def run(model: nn.Module) -> tuple[Tensor, dict[str, Tensor], float]:
+        random.seed(3)
+        np.random.seed(3)
+        torch.manual_seed(3)
+        return model(x), gradients(model, x), draw()
+
+    output, expected, following = run(copy.deepcopy(model))
+    razor = get_razor_model(model, LOSSLESS)
+    found_output, found, found_following = run(razor)
+    assert again(razor) == ["inner"]
+    assert torch.equal(found_output, output)
+    assert_close(found, expected)
+    assert found_following == following
 
 
 class Modulated(nn.Module):

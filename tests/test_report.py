@@ -265,14 +265,14 @@ if sys.argv[2] == "razor":
     get_razor_model(model)
 elif sys.argv[2] == "checkpointing":
     model.gradient_checkpointing_enable()
-batch = {"input_ids": torch.randint(2000, (16, 256)), "labels": torch.randint(2, (16,))}
+batch = {"input_ids": torch.randint(2000, (8, 256)), "labels": torch.randint(2, (8,))}
 
 def step():
     model(**batch).loss.backward()
     model.zero_grad()
 
 step()
-print(estimate_step_memory(model, (16, 256)).step / 2**20, peak_over_idle(step))
+print(estimate_step_memory(model, (8, 256)).step / 2**20, peak_over_idle(step))
 """
 
 

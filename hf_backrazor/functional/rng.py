@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,10 +37,29 @@ def fast_dropout(device: torch.device) -> AbstractContextManager:
 
 
 def forked_rng(devices: Iterable[torch.device]) -> AbstractContextManager:
-    """A context after which the default generators of these devices, and the CPU's, are as they were before it."""
+    """A context after which torch's default generators of these devices, and the CPU's, are as they were before it."""
     others = {device for device in devices if device.type not in ("cpu", "meta")}
     device_type = next(iter(others)).type if others else "cuda"
     return torch.random.fork_rng(devices=list(others), device_type=device_type)
+
+
+class HostRandomState:
+    """Where the generators of Python and of NumPy are that code without one of its own draws from."""
+
+    def __init__(self) -> None:
+        self._python = random.getstate()
+        self._numpy: tuple[Any, ...] = np.random.get_state()
+
+    def restore(self) -> None:
+        """Go back there."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+
+    def is_present(self) -> bool:
+        """Whether they are still there."""
+        now = HostRandomState()
+        (_, keys, *rest), (_, present_keys, *present_rest) = self._numpy, now._numpy
+        return now._python == self._python and present_rest == rest and np.array_equal(present_keys, keys)
 
 
 @contextmanager

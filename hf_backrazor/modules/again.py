@@ -8,13 +8,15 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from transformers import Cache, EncoderDecoderCache
 from transformers.utils import logging
+
+from ..functional.rng import HostRandomState
 
 logger = logging.get_logger(__name__)
 
@@ -71,14 +73,24 @@ def _is_filled(module: nn.Module, held: Any) -> bool:
     return int(held.get_seq_length(layer)) > 0
 
 
-# Names of buffers; and of attributes, each as that of a module and that of what this holds.
-Changes = tuple[tuple[str, ...], tuple[tuple[str, str], ...]]
+class Changes(NamedTuple):
+    """What a module's forward changes.
+
+    Attributes:
+        buffers: names of buffers.
+        attributes: names of modules, each with the name of an attribute.
+        draws: whether random numbers of Python or NumPy are drawn. Those of torch are looked after by checkpointing.
+    """
+
+    buffers: tuple[str, ...]
+    attributes: tuple[tuple[str, str], ...]
+    draws: bool
 
 
 class State:
     """What a module's forward reads beside its arguments: parameters, buffers, attributes such as a recurrent state,
-    with what is in them if they are lists and the like, and whether it is in training. Of what the forward itself
-    changes there are copies.
+    with what is in them if they are lists and the like, random numbers of Python and NumPy, and whether it is in
+    training. Of what the forward itself changes there are copies.
 
     Args:
         module: whose state it is, as it is now.
@@ -93,12 +105,15 @@ class State:
         inside = [inner for inner in module.modules() if "_hf_hook" not in inner.__dict__]
         held = [each for inner in inside for each in (inner._parameters, inner._buffers)]
         self._tensors = [(tensors, dict(tensors)) for tensors in held if tensors]
-        names, attributes = changes or (tuple(name for name, _ in module.named_buffers()), None)
-        # By their values: batch norms change their statistics without a new version.
-        self._buffers = {name: module.get_buffer(name).clone() for name in names}
-        if attributes is None:
+        if changes is None:
             attributes = [(path, name) for path, inner in module.named_modules() for name in _attributes(inner)]
-        self._attributes = {each: module.get_submodule(each[0]).__dict__.get(each[1], _ABSENT) for each in attributes}
+            changes = Changes(tuple(name for name, _ in module.named_buffers()), tuple(attributes), draws=True)
+        self._numbers = HostRandomState() if changes.draws else None
+        # By their values: batch norms change their statistics without a new version.
+        self._buffers = {name: module.get_buffer(name).clone() for name in changes.buffers}
+        self._attributes = {
+            each: module.get_submodule(each[0]).__dict__.get(each[1], _ABSENT) for each in changes.attributes
+        }
         self._contents = {each: _contents(value) for each, value in self._attributes.items()}
 
     @contextmanager
@@ -109,11 +124,16 @@ class State:
         attributes = {each: self._swap_attribute(each, value) for each, value in self._attributes.items()}
         contents = [_swap_content(*each) for each in self._all_contents()]
         modes = [(inner, inner.training) for inner, _ in self._modes]
+        numbers = None if self._numbers is None else HostRandomState()
         try:
+            if self._numbers is not None:
+                self._numbers.restore()
             for inner, training in self._modes:
                 inner.training = training
             yield
         finally:
+            if numbers is not None:
+                numbers.restore()
             for inner, training in modes:
                 inner.training = training
             for name, value in present.items():
@@ -132,20 +152,21 @@ class State:
 
     def keep(self, changes: Changes) -> None:
         """Forget all but these."""
-        buffers, attributes = changes
-        self._buffers = {name: self._buffers[name] for name in buffers}
-        self._attributes = {each: self._attributes.get(each, _ABSENT) for each in attributes}
-        self._contents = {each: self._contents.get(each, []) for each in attributes}
+        self._buffers = {name: self._buffers[name] for name in changes.buffers}
+        self._attributes = {each: self._attributes.get(each, _ABSENT) for each in changes.attributes}
+        self._contents = {each: self._contents.get(each, []) for each in changes.attributes}
+        self._numbers = self._numbers if changes.draws else None
 
     def changed(self) -> Changes:
-        """Names of the buffers, and the attributes, that are others now."""
+        """What is other now."""
         now = State(self._module)
         real = {name: x for name, x in self._buffers.items() if not (x.is_meta or is_fake(x))}
         buffers = (name for name, x in real.items() if not torch.equal(now._buffers[name], x))
         held = {**dict.fromkeys(self._attributes, _ABSENT), **now._attributes}
         others = {each for each, x in held.items() if x is not self._attributes.get(each, _ABSENT)}
         others |= {each for each, pairs in self._contents.items() if not all(_holds(*pair) for pair in pairs)}
-        return tuple(buffers), tuple(each for each in held if each in others)
+        draws = self._numbers is not None and not self._numbers.is_present()
+        return Changes(tuple(buffers), tuple(each for each in held if each in others), draws)
 
     def _all_contents(self) -> list[tuple[Any, Any]]:
         """Containers and what they hold, each once: several attributes may be one object."""

@@ -48,14 +48,14 @@ class Decision:
     Attributes:
         again: whether the module is computed again; None: not known yet.
         exact: whether its inputs are kept as they are, as values decide what it does.
-        changing: buffers and attributes that its forward changes, as batch norms do.
+        changing: what its forward changes, as batch norms do their statistics.
         parametrized: what is parametrized in it, whether it is running or not.
     """
 
     def __init__(self, parametrized: Parametrized) -> None:
         self.again: bool | None = None
         self.exact = False
-        self.changing: Changes = ((), ())
+        self.changing = Changes((), (), draws=False)
         self.parametrized = parametrized
         self._estimated: tuple[Any, Decision] | None = None
 
