@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import random
 import warnings
 from collections.abc import Callable
 from typing import Any
 from weakref import ref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -323,6 +325,27 @@ def test_residual_network_of_stages(memory_format: torch.memory_format) -> None:
     assert cosine(gradients(model, loss), expected) > 0.97
     for name, buffer in model.named_buffers():
         torch.testing.assert_close(buffer, dict(dense.named_buffers())[name])
+
+
+def test_blocks_that_draw_random_numbers_of_others_than_torch() -> None:
+    class Drawing(UNet.Block):
+        def forward(self, x: Tensor, embedded_time: Tensor) -> Tensor:
+            return super().forward(x, embedded_time) * random.random() * np.random.rand()
+
+    model, images, time = UNet(), torch.randn(2, 3, 16, 16), torch.randn(2, 8)
+    model.middle = Drawing(32, 32)
+    dense = copy.deepcopy(model.train())
+
+    def loss(model: nn.Module) -> Tensor:
+        random.seed(0)
+        np.random.seed(0)
+        return model(images, time).square().sum()
+
+    expected = gradients(dense, lambda: loss(dense))
+    config = RazorConfig.preset("lossless", recompute="blocks", recompute_modules=["Drawing"])
+    get_razor_model(model, config)
+    for _ in range(2):
+        assert_close(gradients(model, lambda: loss(model)), expected)
 
 
 def test_u_shaped_network_with_side_inputs() -> None:

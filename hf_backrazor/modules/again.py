@@ -106,14 +106,14 @@ class State:
         held = [each for inner in inside for each in (inner._parameters, inner._buffers)]
         self._tensors = [(tensors, dict(tensors)) for tensors in held if tensors]
         if changes is None:
-            attributes = [(path, name) for path, inner in module.named_modules() for name in _attributes(inner)]
-            changes = Changes(tuple(name for name, _ in module.named_buffers()), tuple(attributes), draws=True)
+            buffers = (name for name, _ in module.named_buffers())
+            names = ((path, name) for path, inner in module.named_modules() for name in _attributes(inner))
+            changes = Changes(tuple(buffers), tuple(names), draws=True)
         self._numbers = HostRandomState() if changes.draws else None
         # By their values: batch norms change their statistics without a new version.
         self._buffers = {name: module.get_buffer(name).clone() for name in changes.buffers}
-        self._attributes = {
-            each: module.get_submodule(each[0]).__dict__.get(each[1], _ABSENT) for each in changes.attributes
-        }
+        held_by = ((each, module.get_submodule(each[0]).__dict__) for each in changes.attributes)
+        self._attributes = {each: owned.get(each[1], _ABSENT) for each, owned in held_by}
         self._contents = {each: _contents(value) for each, value in self._attributes.items()}
 
     @contextmanager

@@ -83,8 +83,7 @@ class RazorBlock(RazorModule):
         razor_index: its place among them.
         razor_follows: whether its input is stored as the difference from that of the block before; None: not known
             before its first forward.
-        razor_changing: buffers and attributes that its forward changes, as batch norms do; None: not known before the
-            first.
+        razor_changing: what its forward changes, as batch norms do their statistics; None: not known before the first.
         razor_experts: names of its modules that hold experts.
     """
 
