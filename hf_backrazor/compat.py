@@ -41,6 +41,11 @@ def in_checkpoint() -> bool:
     return hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
 
 
+def is_dispatcher_watched() -> bool:
+    """Whether somebody sees the operators that are called now: a mode such as that of fake tensors, or the profiler."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled()
+
+
 def keeps_parametrized() -> bool:
     """Whether what parametrizations compute is kept for the code that runs now (`parametrize.cached`)."""
     return bool(parametrize._cache_enabled)

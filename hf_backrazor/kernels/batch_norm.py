@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .library import check, load, threads_for
+from .library import check, load, primitive, threads_for
 from .rows import UnpackArgs, address, unpack_arguments
 
 _int, _pointer = ctypes.c_int64, ctypes.c_void_p
@@ -31,6 +31,18 @@ class _BatchNormArgs(ctypes.Structure):
     )
 
 
+def _fake_batch_norm_backward(grad: Tensor, gamma_rstd: Tensor, *_others: object) -> tuple[Tensor, Tensor, Tensor]:
+    grad_input = torch.empty_like(grad, memory_format=torch.contiguous_format)
+    return grad_input, torch.empty_like(gamma_rstd), torch.empty_like(gamma_rstd)
+
+
+@primitive(
+    "batch_norm_backward(Tensor grad, Tensor gamma_rstd, bool by_batch, Tensor? values, Tensor? index, "
+    "Tensor? scale, Tensor? fields, int k, str coding, int bits, float[] levels, bool rotated) "
+    "-> (Tensor, Tensor, Tensor)",
+    fake=_fake_batch_norm_backward,
+    cuda=False,
+)
 def batch_norm_backward(
     grad: Tensor,
     gamma_rstd: Tensor,
@@ -78,18 +90,3 @@ def batch_norm_backward(
     )
     check(load().hf_backrazor_batch_norm(ctypes.byref(arguments)))
     return grad_input, grad_gamma, grad_beta
-
-
-def _fake_batch_norm_backward(grad: Tensor, gamma_rstd: Tensor, *_others: object) -> tuple[Tensor, Tensor, Tensor]:
-    grad_input = torch.empty_like(grad, memory_format=torch.contiguous_format)
-    return grad_input, torch.empty_like(gamma_rstd), torch.empty_like(gamma_rstd)
-
-
-_operators = torch.library.Library("hf_backrazor", "FRAGMENT")
-_operators.define(
-    "batch_norm_backward(Tensor grad, Tensor gamma_rstd, bool by_batch, Tensor? values, Tensor? index, "
-    "Tensor? scale, Tensor? fields, int k, str coding, int bits, float[] levels, bool rotated) "
-    "-> (Tensor, Tensor, Tensor)"
-)
-_operators.impl("batch_norm_backward", batch_norm_backward, "CPU")
-torch.library.register_fake("hf_backrazor::batch_norm_backward", _fake_batch_norm_backward)

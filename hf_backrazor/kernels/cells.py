@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .library import check, load, on_cuda, threads_for
+from .library import check, load, primitive, threads_for
 from .rows import DTYPES
 
 _int, _pointer = ctypes.c_int64, ctypes.c_void_p
@@ -51,6 +51,20 @@ class _ValuesArgs(ctypes.Structure):
     )
 
 
+def _fake_encode_cells(x, bounds, density, starts, bits, code_bytes) -> tuple[Tensor, Tensor]:
+    rows = x.shape[0]
+    return x.new_empty((rows, code_bytes), dtype=torch.uint8), x.new_empty(rows, dtype=torch.uint8)
+
+
+def _fake_decode_cells(fields, member, table, n, bits, dtype) -> Tensor:
+    return fields.new_empty((fields.shape[0], n), dtype=dtype)
+
+
+@primitive(
+    "encode_cells(Tensor x, Tensor bounds, Tensor density, Tensor starts, int bits, int code_bytes) "
+    "-> (Tensor, Tensor)",
+    fake=_fake_encode_cells,
+)
 def encode_cells(
     x: Tensor, bounds: Tensor, density: Tensor, starts: Tensor, bits: int, code_bytes: int
 ) -> tuple[Tensor, Tensor]:
@@ -92,11 +106,10 @@ def encode_cells(
     return fields, member
 
 
-def _fake_encode_cells(x, bounds, density, starts, bits, code_bytes) -> tuple[Tensor, Tensor]:
-    rows = x.shape[0]
-    return x.new_empty((rows, code_bytes), dtype=torch.uint8), x.new_empty(rows, dtype=torch.uint8)
-
-
+@primitive(
+    "decode_cells(Tensor fields, Tensor member, Tensor table, int n, int bits, ScalarType dtype) -> Tensor",
+    fake=_fake_decode_cells,
+)
 def decode_cells(fields: Tensor, member: Tensor, table: Tensor, n: int, bits: int, dtype: torch.dtype) -> Tensor:
     """What the cells stand for that `encode_cells` found.
 
@@ -127,22 +140,3 @@ def decode_cells(fields: Tensor, member: Tensor, table: Tensor, n: int, bits: in
     )
     check(load().hf_backrazor_decode_cells(ctypes.byref(arguments)))
     return out
-
-
-def _fake_decode_cells(fields, member, table, n, bits, dtype) -> Tensor:
-    return fields.new_empty((fields.shape[0], n), dtype=dtype)
-
-
-_operators = torch.library.Library("hf_backrazor", "FRAGMENT")
-_operators.define(
-    "encode_cells(Tensor x, Tensor bounds, Tensor density, Tensor starts, int bits, int code_bytes) -> (Tensor, Tensor)"
-)
-_operators.define(
-    "decode_cells(Tensor fields, Tensor member, Tensor table, int n, int bits, ScalarType dtype) -> Tensor"
-)
-_operators.impl("encode_cells", encode_cells, "CPU")
-_operators.impl("decode_cells", decode_cells, "CPU")
-_operators.impl("encode_cells", on_cuda("cells", "encode_cells"), "CUDA")
-_operators.impl("decode_cells", on_cuda("cells", "decode_cells"), "CUDA")
-torch.library.register_fake("hf_backrazor::encode_cells", _fake_encode_cells)
-torch.library.register_fake("hf_backrazor::decode_cells", _fake_decode_cells)

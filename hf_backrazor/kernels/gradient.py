@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .library import check, load, on_cuda, threads_for
+from .library import check, load, primitive, threads_for
 from .rows import CODINGS, DTYPES, address
 
 _int, _pointer = ctypes.c_int64, ctypes.c_void_p
@@ -73,6 +73,23 @@ class _GradientArgs(ctypes.Structure):
     )
 
 
+def _fake_integers(fields, index, table, member, n, k, coding, bits) -> Tensor:
+    return fields.new_empty((fields.shape[0], n), dtype=torch.int8)
+
+
+def _fake_round_gradient(grad, row_scale, seed) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(grad, dtype=torch.int8), grad.new_empty(grad.shape[1]), grad.new_empty(grad.shape[1])
+
+
+def _fake_finish_gradient(product, scale, grad, values, index, k, coding, gamma, beta, grad_sum, transposed) -> None:
+    return None
+
+
+@primitive(
+    "integers(Tensor fields, Tensor? index, Tensor table, Tensor? member, int n, int k, str coding, int bits) "
+    "-> Tensor",
+    fake=_fake_integers,
+)
 def integers(
     fields: Tensor,
     index: Tensor | None,
@@ -119,6 +136,10 @@ def integers(
     return out
 
 
+@primitive(
+    "round_gradient(Tensor grad, Tensor? row_scale, int seed) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_round_gradient,
+)
 def round_gradient(grad: Tensor, row_scale: Tensor | None, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """A gradient to 8-bit integers, each column with its own scale, rounded at random so that the mean is exact.
 
@@ -148,6 +169,11 @@ def round_gradient(grad: Tensor, row_scale: Tensor | None, seed: int) -> tuple[T
     return out, scale, total
 
 
+@primitive(
+    "finish_gradient(Tensor(a!) product, Tensor scale, Tensor grad, Tensor? values, Tensor? index, int k, str coding, "
+    "Tensor? gamma, Tensor? beta, Tensor? grad_sum, bool transposed) -> ()",
+    fake=_fake_finish_gradient,
+)
 def finish_gradient(
     product: Tensor,
     scale: Tensor,
@@ -201,35 +227,3 @@ def finish_gradient(
         threads=threads_for(product.numel()),
     )
     check(load().hf_backrazor_gradient(ctypes.byref(arguments)))
-
-
-_operators = torch.library.Library("hf_backrazor", "FRAGMENT")
-_operators.define(
-    "integers(Tensor fields, Tensor? index, Tensor table, Tensor? member, int n, int k, str coding, int bits) -> Tensor"
-)
-_operators.define("round_gradient(Tensor grad, Tensor? row_scale, int seed) -> (Tensor, Tensor, Tensor)")
-_operators.define(
-    "finish_gradient(Tensor(a!) product, Tensor scale, Tensor grad, Tensor? values, Tensor? index, int k, str coding, "
-    "Tensor? gamma, Tensor? beta, Tensor? grad_sum, bool transposed) -> ()"
-)
-_operators.impl("integers", integers, "CPU")
-_operators.impl("round_gradient", round_gradient, "CPU")
-_operators.impl("finish_gradient", finish_gradient, "CPU")
-_operators.impl("integers", on_cuda("gradient", "integers"), "CUDA")
-_operators.impl("round_gradient", on_cuda("gradient", "round_gradient"), "CUDA")
-_operators.impl("finish_gradient", on_cuda("gradient", "finish_gradient"), "CUDA")
-
-
-@torch.library.register_fake("hf_backrazor::integers")
-def _fake_integers(fields, index, table, member, n, k, coding, bits) -> Tensor:
-    return fields.new_empty((fields.shape[0], n), dtype=torch.int8)
-
-
-@torch.library.register_fake("hf_backrazor::round_gradient")
-def _fake_round_gradient(grad, row_scale, seed) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(grad, dtype=torch.int8), grad.new_empty(grad.shape[1]), grad.new_empty(grad.shape[1])
-
-
-@torch.library.register_fake("hf_backrazor::finish_gradient")
-def _fake_finish_gradient(product, scale, grad, values, index, k, coding, gamma, beta, grad_sum, transposed) -> None:
-    return None

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .library import check, load, on_cuda, threads_for
+from .library import check, load, primitive, threads_for
 from .rows import UnpackArgs, address, unpack_arguments
 
 _int, _pointer = ctypes.c_int64, ctypes.c_void_p
@@ -34,6 +34,18 @@ class _NormArgs(ctypes.Structure):
     )
 
 
+def _fake_norm_backward(
+    grad, rstd, gamma, centred, values, index, scale, fields, k, coding, bits, levels, rotated
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(grad), grad.new_empty(grad.shape[1]), grad.new_empty(grad.shape[1])
+
+
+@primitive(
+    "norm_backward(Tensor grad, Tensor rstd, Tensor? gamma, bool centred, Tensor? values, Tensor? index, "
+    "Tensor? scale, Tensor? fields, int k, str coding, int bits, float[] levels, bool rotated) "
+    "-> (Tensor, Tensor, Tensor)",
+    fake=_fake_norm_backward,
+)
 def norm_backward(
     grad: Tensor,
     rstd: Tensor,
@@ -81,20 +93,3 @@ def norm_backward(
     check(load().hf_backrazor_norm(ctypes.byref(arguments)))
     grad_gamma, grad_beta = sums.sum(1).unbind()
     return grad_input, grad_gamma.clone(), grad_beta.clone()
-
-
-_operators = torch.library.Library("hf_backrazor", "FRAGMENT")
-_operators.define(
-    "norm_backward(Tensor grad, Tensor rstd, Tensor? gamma, bool centred, Tensor? values, Tensor? index, "
-    "Tensor? scale, Tensor? fields, int k, str coding, int bits, float[] levels, bool rotated) "
-    "-> (Tensor, Tensor, Tensor)"
-)
-_operators.impl("norm_backward", norm_backward, "CPU")
-_operators.impl("norm_backward", on_cuda("norm", "norm_backward"), "CUDA")
-
-
-@torch.library.register_fake("hf_backrazor::norm_backward")
-def _fake_norm_backward(
-    grad, rstd, gamma, centred, values, index, scale, fields, k, coding, bits, levels, rotated
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(grad), grad.new_empty(grad.shape[1]), grad.new_empty(grad.shape[1])

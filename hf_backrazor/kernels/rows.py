@@ -12,7 +12,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from .library import available, check, load, on_cuda, threads_for, triton_available
+from .library import available, check, load, primitive, threads_for, triton_available
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CODINGS = {"none": 0, "mask": 1, "positions": 2, "offsets": 3}
@@ -106,6 +106,59 @@ def handles(device: str, n: int, bits: int, dtype: torch.dtype, value_dtype: tor
     return value_dtype != torch.float16 or bool(load().hf_backrazor_has_float16())
 
 
+def _fake_pack(
+    x: Tensor,
+    mean,
+    rstd,
+    centre,
+    group,
+    n,
+    k,
+    coding,
+    index_bytes,
+    bits,
+    code_bytes,
+    even,
+    thresholds,
+    levels,
+    rotated,
+    value_dtype,
+) -> list[Tensor]:
+    return new_parts(x, n, k, index_bytes, bits, code_bytes, value_dtype)
+
+
+def _fake_unpack(
+    values,
+    index,
+    scale,
+    fields,
+    centre,
+    group,
+    first,
+    rows,
+    n,
+    k,
+    coding,
+    bits,
+    levels,
+    rotated,
+    base,
+    gain,
+    offset,
+    low,
+    high,
+    dtype,
+) -> Tensor:
+    source = next(part for part in (values, fields, base) if part is not None)
+    return source.new_empty((rows, n), dtype=dtype)
+
+
+@primitive(
+    "pack(Tensor x, Tensor? mean, Tensor? rstd, Tensor? centre, int group, int n, int k, str coding, int index_bytes, "
+    "int bits, int code_bytes, bool even, float[] thresholds, float[] levels, bool rotated, "
+    "ScalarType value_dtype) -> Tensor[]",
+    fake=_fake_pack,
+)
 def pack(
     x: Tensor,
     mean: Tensor | None,
@@ -186,27 +239,6 @@ def pack(
     return parts
 
 
-def _fake_pack(
-    x: Tensor,
-    mean,
-    rstd,
-    centre,
-    group,
-    n,
-    k,
-    coding,
-    index_bytes,
-    bits,
-    code_bytes,
-    even,
-    thresholds,
-    levels,
-    rotated,
-    value_dtype,
-) -> list[Tensor]:
-    return new_parts(x, n, k, index_bytes, bits, code_bytes, value_dtype)
-
-
 def new_parts(
     x: Tensor, n: int, k: int, index_bytes: int, bits: int, code_bytes: int, value_dtype: torch.dtype
 ) -> list[Tensor]:
@@ -234,6 +266,12 @@ def position_bytes(n: int) -> int:
     return 1 if n <= 256 else 2 if n <= 32768 else 4
 
 
+@primitive(
+    "unpack(Tensor? values, Tensor? index, Tensor? scale, Tensor? fields, Tensor? centre, int group, int first, "
+    "int rows, int n, int k, str coding, int bits, float[] levels, bool rotated, Tensor? base, Tensor? gain, "
+    "Tensor? offset, float low, float high, ScalarType dtype) -> Tensor",
+    fake=_fake_unpack,
+)
 def unpack(
     values: Tensor | None,
     index: Tensor | None,
@@ -291,6 +329,11 @@ def unpack(
     return out
 
 
+@primitive(
+    "accumulate(Tensor(a!) into, Tensor? values, Tensor? index, Tensor? scale, Tensor? fields, Tensor? centre, "
+    "int group, int first, int rows, int n, int k, str coding, int bits, float[] levels, bool rotated, int sign) -> ()",
+    fake=lambda *_arguments: None,
+)
 def accumulate(
     into: Tensor,
     values: Tensor | None,
@@ -371,57 +414,5 @@ def unpack_arguments(
     return arguments, (values, index, scale, fields, centre, table)
 
 
-def _fake_unpack(
-    values,
-    index,
-    scale,
-    fields,
-    centre,
-    group,
-    first,
-    rows,
-    n,
-    k,
-    coding,
-    bits,
-    levels,
-    rotated,
-    base,
-    gain,
-    offset,
-    low,
-    high,
-    dtype,
-) -> Tensor:
-    source = next(part for part in (values, fields, base) if part is not None)
-    return source.new_empty((rows, n), dtype=dtype)
-
-
 def address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
-
-
-_operators = torch.library.Library("hf_backrazor", "FRAGMENT")
-_operators.define(
-    "pack(Tensor x, Tensor? mean, Tensor? rstd, Tensor? centre, int group, int n, int k, str coding, int index_bytes, "
-    "int bits, int code_bytes, bool even, float[] thresholds, float[] levels, bool rotated, "
-    "ScalarType value_dtype) -> Tensor[]"
-)
-_operators.define(
-    "unpack(Tensor? values, Tensor? index, Tensor? scale, Tensor? fields, Tensor? centre, int group, int first, "
-    "int rows, int n, int k, str coding, int bits, float[] levels, bool rotated, Tensor? base, Tensor? gain, "
-    "Tensor? offset, float low, float high, ScalarType dtype) -> Tensor"
-)
-_operators.define(
-    "accumulate(Tensor(a!) into, Tensor? values, Tensor? index, Tensor? scale, Tensor? fields, Tensor? centre, "
-    "int group, int first, int rows, int n, int k, str coding, int bits, float[] levels, bool rotated, int sign) -> ()"
-)
-_operators.impl("pack", pack, "CPU")
-_operators.impl("unpack", unpack, "CPU")
-_operators.impl("accumulate", accumulate, "CPU")
-_operators.impl("pack", on_cuda("rows", "pack"), "CUDA")
-_operators.impl("unpack", on_cuda("rows", "unpack"), "CUDA")
-_operators.impl("accumulate", on_cuda("rows", "accumulate"), "CUDA")
-torch.library.register_fake("hf_backrazor::pack", _fake_pack)
-torch.library.register_fake("hf_backrazor::unpack", _fake_unpack)
-torch.library.register_fake("hf_backrazor::accumulate", lambda *_arguments: None)

@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .library import load, threads_for
+from .library import load, primitive, threads_for
 from .rows import DTYPES
 
 _int, _float, _pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -30,6 +30,19 @@ class _StepsArgs(ctypes.Structure):
     )
 
 
+def _fake_pack_steps(x: Tensor, low: float, high: float) -> Tensor:
+    return x.new_empty((1, -(-x.numel() // 8)), dtype=torch.uint8)
+
+
+def _fake_times_steps(grad: Tensor, bits: Tensor, inside: float, outside: float) -> Tensor:
+    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+
+
+@primitive(
+    "pack_steps(Tensor x, float low, float high) -> Tensor",
+    fake=_fake_pack_steps,
+    cuda=False,
+)
 def pack_steps(x: Tensor, low: float, high: float) -> Tensor:
     """Which elements lie between the bounds, or are NaN.
 
@@ -55,6 +68,11 @@ def pack_steps(x: Tensor, low: float, high: float) -> Tensor:
     return bits
 
 
+@primitive(
+    "times_steps(Tensor grad, Tensor bits, float inside, float outside) -> Tensor",
+    fake=_fake_times_steps,
+    cuda=False,
+)
 def times_steps(grad: Tensor, bits: Tensor, inside: float, outside: float) -> Tensor:
     """`grad`, float32 or bfloat16, times `inside` where the bit is set, and times `outside` elsewhere (0 gives 0)."""
     grad, bits = grad.contiguous(), bits.contiguous()
@@ -71,20 +89,3 @@ def times_steps(grad: Tensor, bits: Tensor, inside: float, outside: float) -> Te
     )
     load().hf_backrazor_times_steps(ctypes.byref(arguments))
     return out
-
-
-def _fake_pack_steps(x: Tensor, low: float, high: float) -> Tensor:
-    return x.new_empty((1, -(-x.numel() // 8)), dtype=torch.uint8)
-
-
-def _fake_times_steps(grad: Tensor, bits: Tensor, inside: float, outside: float) -> Tensor:
-    return torch.empty_like(grad, memory_format=torch.contiguous_format)
-
-
-_operators = torch.library.Library("hf_backrazor", "FRAGMENT")
-_operators.define("pack_steps(Tensor x, float low, float high) -> Tensor")
-_operators.define("times_steps(Tensor grad, Tensor bits, float inside, float outside) -> Tensor")
-_operators.impl("pack_steps", pack_steps, "CPU")
-_operators.impl("times_steps", times_steps, "CPU")
-torch.library.register_fake("hf_backrazor::pack_steps", _fake_pack_steps)
-torch.library.register_fake("hf_backrazor::times_steps", _fake_times_steps)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from ..kernels import cells as _  # noqa: F401  registers the operators
+from ..kernels import cells as native_cells
 from ..kernels import rows as native
 from .bits import code_width, pack_codes
 from .integers import Integers, Kept, decode_integers_by_row, look_up_by_row
@@ -121,9 +121,7 @@ def encode_cells(x: Tensor, cells: Cells) -> CellCodes:
     cells = cells.on(x.device)
     if x.numel() and native.handles(x.device.type, x.shape[1], cells.bits, x.dtype, x.dtype):
         width = code_width(x.shape[1], cells.bits)
-        return CellCodes(
-            *torch.ops.hf_backrazor.encode_cells(x, cells.bounds, cells.density, cells.starts, cells.bits, width)
-        )
+        return CellCodes(*native_cells.encode_cells(x, cells.bounds, cells.density, cells.starts, cells.bits, width))
     cell_of_step = None if cells.bits == 8 else cells.cell_of_step().view(-1)
     slices = row_slices(*x.shape, x.device)
     return CellCodes(*in_slices(lambda start, stop: _encode(x[start:stop], cells, cell_of_step), slices, x))
@@ -155,7 +153,7 @@ def decode_cells(codes: CellCodes, n: int, cells: Cells, table: CellTable, dtype
     coded, member = codes
     values = table.on(coded.device).values
     if coded.numel() and native.handles(coded.device.type, n, cells.bits, dtype, dtype):
-        return torch.ops.hf_backrazor.decode_cells(coded, member, values, n, cells.bits, dtype)
+        return native_cells.decode_cells(coded, member, values, n, cells.bits, dtype)
     return look_up_by_row(coded, member, n, cells.bits, values.to(dtype))
 
 

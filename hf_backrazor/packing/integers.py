@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from ..kernels import gradient as _  # noqa: F401  registers the operators
+from ..kernels import gradient as native_gradient
 from ..kernels import rows as native
 from .bits import unpack_codes
 from .index import scatter_kept
@@ -109,7 +109,7 @@ def decode_integers_by_row(
 def _codes(fields: Tensor, member: Tensor | None, n: int, bits: int, table: Tensor, kept: Kept | None) -> Tensor:
     if fields.numel() and native.handles(fields.device.type, n, bits, torch.float32, _value_dtype(kept)):
         index, k, coding = (None, 0, "none") if kept is None else (_bytes(kept), kept.values.shape[-1], kept.coding)
-        return torch.ops.hf_backrazor.integers(fields, index, table, member, n, k, coding, bits)
+        return native_gradient.integers(fields, index, table, member, n, k, coding, bits)
     codes = look_up_by_row(fields, member, n, bits, table).contiguous()
     if kept is not None:
         zeros = torch.zeros(kept.values.shape, dtype=torch.int8, device=codes.device)
@@ -159,9 +159,7 @@ def weight_gradient(
         float32 `(columns, n)`, or `(n, columns)` if `transposed`; float32 `(columns,)`.
     """
     compiled = native.handles(grad.device.type, x.codes.shape[1], 0, torch.float32, _value_dtype(x.kept))
-    rounded, scale, grad_sum = (torch.ops.hf_backrazor.round_gradient if compiled else round_gradient)(
-        grad, x.row_scale, seed
-    )
+    rounded, scale, grad_sum = (native_gradient.round_gradient if compiled else round_gradient)(grad, x.row_scale, seed)
     scale *= x.unit
     # Of matrices with a single row or column torch 2.13 computes wrong products; `fast_with_integers` rules them out.
     product = torch._int_mm(x.codes.t(), rounded) if transposed else torch._int_mm(rounded.t(), x.codes)
@@ -172,7 +170,7 @@ def weight_gradient(
         if x.kept is not None:
             values, index, k, coding = x.kept.values, _bytes(x.kept), x.kept.values.shape[-1], x.kept.coding
         product = product.contiguous()
-        torch.ops.hf_backrazor.finish_gradient(
+        native_gradient.finish_gradient(
             product, scale, grad, values, index, k, coding, gamma, beta, grad_sum, transposed
         )
         return product.view(torch.float32), grad_sum

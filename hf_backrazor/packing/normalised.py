@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels import batch_norm as _batch_norm  # noqa: F401  registers the operator
-from ..kernels import norm as _norm  # noqa: F401  registers the operator
+from ..kernels.batch_norm import batch_norm_backward
+from ..kernels.norm import norm_backward
 from .codes import levels_of
 from .packed import SparseLayout
 
@@ -42,7 +42,7 @@ def packed_norm_gradients(
         return norm_gradients(grad, layout.unpack(parts, grad.dtype).reshape(grad.shape), rstd, gamma, centred)
     values, index, scale, fields = layout.split(parts)
     spec = layout.spec
-    return torch.ops.hf_backrazor.norm_backward(
+    return norm_backward(
         grad,
         rstd,
         gamma,
@@ -97,7 +97,7 @@ def packed_batch_norm_gradients(
     if grad.device.type != "cpu" or not grad.numel() or not layout.by_row or not layout.is_compiled(parts, grad.dtype):
         return batch_norm_gradients(grad, layout.unpack(parts, grad.dtype), scale, by_batch)
     spec = layout.spec
-    return torch.ops.hf_backrazor.batch_norm_backward(
+    return batch_norm_backward(
         grad,
         scale,
         by_batch,

@@ -191,7 +191,7 @@ class SparseLayout(Layout):
         means = None
         if self.spec.centred:
             means, *parts = parts
-        torch.ops.hf_backrazor.accumulate(into, *self._read(parts, means, self.group, 0), sign)
+        native.accumulate(into, *self._read(parts, means, self.group, 0), sign)
         if not into.is_inference():
             # What autograd has saved of it is no longer there.
             torch.autograd.graph.increment_version(into)
@@ -254,7 +254,7 @@ class SparseLayout(Layout):
         first: int,
         then: RowMap,
     ) -> Tensor:
-        dense = torch.ops.hf_backrazor.unpack(
+        dense = native.unpack(
             *self._read(parts, means, group, first),
             None if self.spec.bits or base is None else base.reshape(self.sets, self.set_size),
             *(None if t is None else t.float() for t in (then.gain, then.offset)),
@@ -356,7 +356,7 @@ def pack(x: Tensor, spec: PackSpec, mean: Tensor | None = None, rstd: Tensor | N
 def _pack_natively(x: Tensor, layout: SparseLayout, mean: Tensor | None = None, rstd: Tensor | None = None) -> Packed:
     spec, n, k = layout.spec, layout.set_size, layout.kept
     means = (_means(x),) if spec.centred else ()
-    values, index, scale, fields = torch.ops.hf_backrazor.pack(
+    values, index, scale, fields = native.pack(
         x,
         mean,
         rstd,

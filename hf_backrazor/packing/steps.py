@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import rows as native
-from ..kernels import steps as _  # noqa: F401  registers the operators
+from ..kernels import steps as native_steps
 from .bits import pack_bits, unpack_bits
 
 
@@ -37,7 +37,7 @@ def pack_steps(x: Tensor, steps: Steps) -> Tensor:
     """Which elements of `x`, floating point of any shape, lie inside: uint8 `(1, ceil(numel / 8))`."""
     high = nan if steps.high is None else steps.high  # which nothing reaches
     if _is_compiled(x):
-        return torch.ops.hf_backrazor.pack_steps(x, steps.low, high)
+        return native_steps.pack_steps(x, steps.low, high)
     return pack_bits(((x <= steps.low) | (x >= high)).logical_not_().reshape(1, -1))
 
 
@@ -50,7 +50,7 @@ def times_steps(grad: Tensor, bits: Tensor, steps: Steps) -> Tensor:
         steps: the function.
     """
     if _is_compiled(grad):
-        return torch.ops.hf_backrazor.times_steps(grad, bits, steps.inside, steps.outside)
+        return native_steps.times_steps(grad, bits, steps.inside, steps.outside)
     mask = unpack_bits(bits, grad.numel()).view(grad.shape)
     inside, outside = (
         0 if value == 0 else grad if value == 1 else grad * value for value in (steps.inside, steps.outside)
