@@ -75,7 +75,7 @@ class _RecomputedAttention(torch.autograd.Function):
         # Layers above find and share what this keeps alive.
         ctx.shared = [mask for mask in masks if mask.layout.form != "whole"]
         ctx.save_for_backward(*rng, *(mask.part for mask in masks), *parts)
-        with fast_dropout(query.device) if random else nullcontext():
+        with fast_dropout(query.device, _scores(query, key)) if random else nullcontext():
             return attend(query, key, value, *others).detach()  # no view (see `_Linear`)
 
     @staticmethod
@@ -93,7 +93,7 @@ class _RecomputedAttention(torch.autograd.Function):
             for x, wanted in zip(inputs, needed, strict=True):
                 x.requires_grad_(wanted)
         device = grad_output.device
-        faster = fast_dropout(device) if ctx.random else nullcontext()
+        faster = fast_dropout(device, _scores(*inputs[:2])) if ctx.random else nullcontext()
         with torch.enable_grad(), ctx.autocast, replayed_rng(device, rng), faster:
             output = ctx.attend(*inputs)
         wanted = [x for x in inputs if x.requires_grad]
@@ -160,7 +160,7 @@ class _SparseAttention(torch.autograd.Function):
         ctx.mask_shape = None if mask is None else mask.shape
         ctx.layouts = [(p.layout, len(p.parts)) for p in packed]
         ctx.save_for_backward(*rng, *(part for p in packed for part in p.parts))
-        with fast_dropout(query.device) if dropout_p else nullcontext():
+        with fast_dropout(query.device, _scores(query, key)) if dropout_p else nullcontext():
             return attend(query, key, value)
 
     @staticmethod
@@ -174,7 +174,7 @@ class _SparseAttention(torch.autograd.Function):
         grad_probabilities = grad_output @ value.transpose(-1, -2)
         dropped = probabilities
         if ctx.dropout_p:
-            with replayed_rng(grad_output.device, rng), fast_dropout(grad_output.device):
+            with replayed_rng(grad_output.device, rng), fast_dropout(grad_output.device, probabilities.numel()):
                 noise = F.dropout(torch.ones_like(probabilities), ctx.dropout_p)
             grad_probabilities *= noise
             dropped = probabilities * noise
@@ -226,6 +226,11 @@ def _probabilities(query: Tensor, key: Tensor, mask: Tensor | None, scaling: flo
         else:
             scores += mask
     return torch.softmax(scores, -1).nan_to_num_(0.0).to(query.dtype)
+
+
+def _scores(query: Tensor, key: Tensor) -> int:
+    """How many probabilities there are."""
+    return query.shape[:-1].numel() * key.shape[-2]
 
 
 def _repeat_heads(x: Tensor, groups: int) -> Tensor:

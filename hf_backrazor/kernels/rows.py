@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import lru_cache
 from math import inf
 
 import torch
@@ -21,6 +22,8 @@ CODINGS = {"none": 0, "mask": 1, "positions": 2, "offsets": 3}
 TRITON_LIMIT = 16384
 
 _int, _float, _pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+_Triple = _int * 3
+_Sixteen = _float * 16
 
 
 class _PackArgs(ctypes.Structure):
@@ -29,8 +32,8 @@ class _PackArgs(ctypes.Structure):
     _fields_ = (
         ("x", _pointer),
         ("x_dtype", _int),
-        ("sizes", _int * 3),
-        ("strides", _int * 3),
+        ("sizes", _Triple),
+        ("strides", _Triple),
         ("n", _int),
         ("mean", _pointer),
         ("rstd", _pointer),
@@ -207,13 +210,12 @@ def pack(
         layout = set_strides(x, n)
     sizes, strides = layout
     mean, rstd, centre = (None if t is None else t.contiguous() for t in (mean, rstd, centre))
-    table = (ctypes.c_float * max(1, len(thresholds)))(*thresholds)
-    positive = (ctypes.c_float * max(1, len(levels)))(*levels)
+    table, positive = float_array(tuple(thresholds)), float_array(tuple(levels))
     arguments = _PackArgs(
         x=x.data_ptr(),
         x_dtype=DTYPES[x.dtype],
-        sizes=(_int * 3)(*sizes),
-        strides=(_int * 3)(*strides),
+        sizes=_Triple(*sizes),
+        strides=_Triple(*strides),
         n=n,
         mean=address(mean),
         rstd=address(rstd),
@@ -389,7 +391,7 @@ def unpack_arguments(
     values, index, scale, fields, centre = (
         None if t is None else t.contiguous() for t in (values, index, scale, fields, centre)
     )
-    table = (ctypes.c_float * 16)(*levels)
+    table = float_array(tuple(levels))
     arguments = UnpackArgs(
         rows=rows,
         n=n,
@@ -412,6 +414,12 @@ def unpack_arguments(
         high=inf,
     )
     return arguments, (values, index, scale, fields, centre, table)
+
+
+@lru_cache(maxsize=256)
+def float_array(values: tuple[float, ...]) -> ctypes.Array[ctypes.c_float]:
+    """Up to sixteen numbers as C reads them, zeros behind them. One array for all that ask; not to be written to."""
+    return _Sixteen(*values)
 
 
 def address(x: Tensor | None) -> int | None:

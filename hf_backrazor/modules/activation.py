@@ -89,7 +89,9 @@ class RazorActivation(RazorModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """As the plain module; saves `input`, in few bits or as it is."""
-        parameters = dict(self.named_parameters(remove_duplicate=False))
+        # Most have nothing inside.
+        own = bool(self._parameters or self._modules)
+        parameters = dict(self.named_parameters(remove_duplicate=False)) if own else {}
         # Parametrized ones would be computed again in backward.
         active = (
             self.razor_active(input, *parameters.values()) and self.worth_packing(input) and not self.is_parametrized()

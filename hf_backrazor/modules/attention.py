@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from ..config import RazorConfig
 from ..functional import recomputed_attention, sparse_attention
-from ..packing import PackSpec
+from ..packing import PackSpec, pack_spec
 from .base import RazorModule, describe, forward_source, input_spec, stand_in
 from .probe import operator_running
 
@@ -168,7 +168,7 @@ def _packed_attention(
         )
     config: RazorConfig = module.razor_config
     # Such as the sinks that GPT-OSS's eager attention reads from its module.
-    parameters = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+    parameters = {name: p for name, p in module._parameters.items() if p is not None}
     if config.attention == "sparse" and (reason := _beyond_sparse(module, kwargs, attention_mask, parameters)):
         logger.warning_once(
             f"{type(module).__name__}: attention='sparse' does not know {reason}; probabilities are recomputed from "
@@ -287,12 +287,12 @@ def _qkv_spec(config: RazorConfig) -> PackSpec:
     exact 0.991. On MiniLM-L6: 0.996 to 0.998. Rotated as well, 0.990 on SmolLM2-135M, and 0.982 as they are.
     """
     if config.qkv_bits == 32:
-        return PackSpec()
+        return pack_spec()
     if config.qkv_bits == 16:
-        return PackSpec(value_dtype="float16")
+        return pack_spec(value_dtype="float16")
     sparsity = config.sparsity if config.qkv_bits < 8 and config.sparsity else 1.0
     rotated = config.qkv_bits == 4
-    return PackSpec(sparsity, "row", config.qkv_bits, config.value_dtype, levels="even", centred=True, rotated=rotated)
+    return pack_spec(sparsity, "row", config.qkv_bits, config.value_dtype, levels="even", centred=True, rotated=rotated)
 
 
 def _plain_function(module: RazorAttention) -> Callable:

@@ -18,7 +18,7 @@ from ..compat import in_checkpoint, in_functorch_transform, no_frame_of_its_own
 from ..config import RazorConfig
 from ..extension import Extension, extend
 from ..functional.sharing import origin_of
-from ..packing import PackSpec
+from ..packing import PackSpec, pack_spec
 from .again import argument_names
 from .own_calls import without_own_calls
 from .probe import is_dense, operator_running
@@ -257,7 +257,7 @@ def _spec(config: RazorConfig, bits: int, row_dims: int = 1, multiplied: bool = 
     bits = bits if config.sparsity else 0
     # Feature maps gain nothing. Linear layers of tokens do, but the codes of rotated rows are no integers to multiply.
     rotated = 1 <= bits <= 4 and row_dims == 1 and config.granularity == "row" and not multiplied
-    return PackSpec(config.sparsity, config.granularity, bits, config.value_dtype, row_dims=row_dims, rotated=rotated)
+    return pack_spec(config.sparsity, config.granularity, bits, config.value_dtype, row_dims=row_dims, rotated=rotated)
 
 
 @cache

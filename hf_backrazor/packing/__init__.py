@@ -12,7 +12,7 @@ from .normalised import (
     packed_batch_norm_gradients,
     packed_norm_gradients,
 )
-from .packed import PackSpec, SparseLayout, pack, sparse_layout
+from .packed import PackSpec, SparseLayout, pack, pack_spec, sparse_layout
 from .rotation import rotate, unrotate
 from .select import kept_count, topk_mask
 from .steps import Steps, pack_steps, times_steps
@@ -44,6 +44,7 @@ __all__ = [
     "norm_gradients",
     "pack",
     "pack_bits",
+    "pack_spec",
     "pack_steps",
     "packed_batch_norm_gradients",
     "packed_norm_gradients",

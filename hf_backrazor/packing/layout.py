@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import inf, prod
 from typing import NamedTuple
 
@@ -83,11 +83,11 @@ class Layout(ABC):
         for start, stop in turns(self._bounds(parts), parts[0]):
             yield start, stop, self.unpack_rows(parts, start, stop, dtype)
 
-    def _bounds(self, parts: Sequence[Tensor]) -> list[tuple[int, int]]:
+    def _bounds(self, parts: Sequence[Tensor]) -> Sequence[tuple[int, int]]:
         """Of the slices that it is unpacked in."""
         device = parts[0].device
         numel = UNPACK_NUMEL.get(device.type)
-        return row_slices(*self.matrix, device, numel) if self.sliceable else [(0, self.matrix[0])]
+        return row_slices(*self.matrix, device, numel) if self.sliceable else ((0, self.matrix[0]),)
 
 
 class RowMap(NamedTuple):
@@ -127,12 +127,16 @@ class Packed(NamedTuple):
         return self.layout.unpack(self.parts, dtype)
 
 
-def row_slices(rows: int, columns: int, device: torch.device, numel: int | None = None) -> list[tuple[int, int]]:
+def row_slices(rows: int, columns: int, device: torch.device, numel: int | None = None) -> tuple[tuple[int, int], ...]:
     """Bounds of slices that have about `numel` elements (default: as many as are packed at a time); at least one."""
-    numel = numel or SLICE_NUMEL.get(device.type, SLICE_NUMEL_ELSEWHERE)
+    return _row_slices(rows, columns, numel or SLICE_NUMEL.get(device.type, SLICE_NUMEL_ELSEWHERE))
+
+
+@lru_cache(maxsize=2**12)
+def _row_slices(rows: int, columns: int, numel: int) -> tuple[tuple[int, int], ...]:
     # Multiples of 8 rows, for the sake of matrix products.
     step = max(8, numel // max(columns, 1) // 8 * 8)
-    return [(start, min(start + step, rows)) for start in range(0, rows, step)] or [(0, 0)]
+    return tuple((start, min(start + step, rows)) for start in range(0, rows, step)) or ((0, 0),)
 
 
 def in_slices(

@@ -58,6 +58,10 @@ class PackSpec:
             )
 
 
+# One object for all equal ones: making one takes 3 microseconds, and to compare it with itself none.
+pack_spec = lru_cache(maxsize=2**10)(PackSpec)
+
+
 @dataclass(frozen=True)
 class SparseLayout(Layout):
     """The layout of what `pack` returns.
@@ -341,7 +345,7 @@ def pack(x: Tensor, spec: PackSpec, mean: Tensor | None = None, rstd: Tensor | N
         return Packed(layout, (x,))
     matrix = x.reshape(layout.matrix)
     means = (_means(x),) if spec.centred else ()
-    slices = row_slices(*layout.matrix, x.device) if layout.sliceable else [(0, layout.matrix[0])]
+    slices = row_slices(*layout.matrix, x.device) if layout.sliceable else ((0, layout.matrix[0]),)
 
     def packed(start: int, stop: int) -> tuple[Tensor, ...]:
         part = layout if len(slices) == 1 else layout._of_rows(stop - start)
