@@ -76,7 +76,7 @@ class _Linear(torch.autograd.Function):
     @twice_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         weight, *parts = ctx.saved_tensors
-        grad_input = grad_weight = grad_bias = None
+        grad_input = grad_weight = grad_bias = grad_sum = None
         grad_rows = grad_output.reshape(-1, grad_output.shape[-1])
         if ctx.needs_input_grad[0]:
             compute = weight.to(grad_output.dtype)
@@ -89,14 +89,13 @@ class _Linear(torch.autograd.Function):
                 rows = x.reshape(-1, x.shape[-1])
                 grad_weight = rows.t() @ grad_rows if ctx.transposed else grad_rows.t() @ rows
             elif ctx.integers:
-                grad_weight, grad_bias = _grads_by_integers(grad_rows, ctx.layout, parts, ctx.transposed)
+                grad_weight, grad_sum = _grads_by_integers(grad_rows, ctx.layout, parts, ctx.transposed)
             if grad_weight is None:
-                grad_weight = _grad_weight(grad_rows, ctx.layout, parts, ctx.transposed)
+                grad_sum = grad_rows.sum(0) if ctx.needs_input_grad[2] else None
+                grad_weight = _grad_weight(grad_rows, grad_sum, ctx.layout, parts, ctx.transposed)
             grad_weight = grad_weight.to(weight.dtype)
         if ctx.needs_input_grad[2]:
-            grad_bias = (grad_rows.sum(0) if grad_bias is None else grad_bias).to(ctx.bias_dtype)
-        else:
-            grad_bias = None
+            grad_bias = (grad_rows.sum(0) if grad_sum is None else grad_sum).to(ctx.bias_dtype)
         return grad_input, grad_weight, grad_bias, None, None, None
 
 
@@ -117,19 +116,21 @@ def _grads_by_integers(
     return weight_gradient(grad_rows.float(), integers, gamma, beta, transposed, seed)
 
 
-def _grad_weight(grad_rows: Tensor, layout: Layout, parts: Sequence[Tensor], transposed: bool) -> Tensor:
+def _grad_weight(
+    grad_rows: Tensor, grad_sum: Tensor | None, layout: Layout, parts: Sequence[Tensor], transposed: bool
+) -> Tensor:
     """dY^T x, or x^T dY if `transposed`, with x unpacked a few rows at a time.
 
-    For x = gamma x_hat + beta, dY^T x is (dY^T x_hat) gamma + sum(dY) beta^T.
+    For x = gamma x_hat + beta, dY^T x is (dY^T x_hat) gamma + sum(dY) beta^T. `grad_sum` is sum(dY), if it is there.
     """
     if isinstance(layout, ColumnAffineLayout):
         parts, gamma, beta = layout.split(parts)
-        grad_weight = _grad_weight(grad_rows, layout.x_hat, parts, transposed)
+        grad_weight = _grad_weight(grad_rows, grad_sum, layout.x_hat, parts, transposed)
         by_input = grad_weight.t() if transposed else grad_weight
         if gamma is not None:
             by_input *= gamma.to(grad_weight.dtype)
         if beta is not None:
-            by_input.addr_(grad_rows.sum(0), beta.to(grad_weight.dtype))
+            by_input.addr_(grad_rows.sum(0) if grad_sum is None else grad_sum, beta.to(grad_weight.dtype))
         return grad_weight
     total = None
     for start, stop, x in layout.slices(parts, grad_rows.dtype):

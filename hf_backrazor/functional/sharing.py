@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..packing import Packed, PackSpec, SparseLayout, pack, sparse_layout
 from .layouts import ChannelAffineLayout, ColumnAffineLayout, CorrectedLayout
@@ -29,19 +29,23 @@ class _Entry:
     copies: dict[tuple[PackSpec, torch.dtype, bool], Packed] = field(default_factory=dict)
     cast_from: tuple[Tensor, int] | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Who saves an activation saves its numbers alone.
+        return type(None), ()
 
-# Keyed by the identity of the dense tensor and gone with it: an entry never outlives the tensor it was packed from, so
+
+# An attribute of the dense tensor itself, gone with it: an entry never outlives the tensor it was packed from, so
 # neither a later step nor a recomputation under checkpointing can meet a stale copy.
-_entries: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_NAME = "_razor_entry"
 
 
 def _entry(x: Tensor) -> _Entry | None:
     # Tensors from outside of the graph can be written to without a new version (through numpy or `.data`).
     if x.grad_fn is None:
         return None
-    entry = _entries.get(x)
+    entry = x.__dict__.get(_NAME)
     if entry is None or entry.version != x._version:
-        entry = _entries[x] = _Entry(x._version)
+        entry = x.__dict__[_NAME] = _Entry(x._version)
     return entry
 
 
@@ -85,7 +89,7 @@ def note_cast(y: Tensor, x: Tensor) -> None:
 
 def origin_of(x: Tensor) -> Packed | None:
     """How `x` is restored from what the operator that made it saves; None if that is not known."""
-    entry = _entries.get(x)
+    entry = x.__dict__.get(_NAME)
     return entry.origin if entry is not None and entry.version == x._version else None
 
 
