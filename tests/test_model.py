@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -429,6 +430,62 @@ def test_memory_report_agrees_with_an_independent_count_and_leaves_no_trace() ->
     text = str(report)
     assert all(word in text for word in ("linear", "attention", "total", "dense MiB", "razor MiB"))
     assert all(row.name in report.to_string(modules=None) for row in report.modules)
+
+
+class Viewed(nn.Module):
+    """A layer between other layers' output and what reads it in another shape."""
+
+    def __init__(self, layers: Callable[[], list[nn.Module]], view: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.before, self.after, self.view = nn.Sequential(*layers()), nn.Linear(64, 64), view
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.view(self.before(x)))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [lambda x: x.view(-1, 64), lambda x: x.flatten(0, 1), lambda x: x.reshape(-1, 2, 64), lambda x: x[None]],
+    ids=["view", "flatten", "reshape", "unsqueeze"],
+)
+@pytest.mark.parametrize(
+    "layers",
+    [
+        lambda: [nn.LayerNorm(64)],
+        lambda: [nn.Linear(64, 64), nn.GELU()],
+        lambda: [nn.LayerNorm(64), nn.Dropout(0.5)],
+        lambda: [nn.Linear(64, 64), nn.SiLU(), nn.Dropout(0.5)],
+    ],
+    ids=["norm", "activation", "dropped norm", "dropped activation"],
+)
+def test_views_of_a_tensor_are_restored_as_it_is(layers: Callable, view: Callable) -> None:
+    x = torch.randn(4, 16, 64)
+    results = []
+    for each in (lambda x: x, view):
+        model = get_razor_model(Viewed(layers, each).train())
+        saved = measure_saved_bytes(model, x=x).total
+        torch.manual_seed(0)
+        model(x).square().sum().backward()
+        results.append((saved, [p.grad for p in model.parameters()]))
+    (plain, expected), (viewed, found) = results
+    assert viewed == plain
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_view_of_other_rows_is_packed_by_itself() -> None:
+    x = torch.randn(4, 16, 64)
+    for view in (lambda x: x.view(4, 32, 32).repeat(1, 1, 2), lambda x: x.transpose(0, 1), lambda x: x[:, 3:]):
+        model = Viewed(lambda: [nn.LayerNorm(64)], view).train()
+        model(x).square().sum().backward()
+        expected = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        get_razor_model(model)(x).square().sum().backward()
+        found = [p.grad for p in model.parameters()]
+        assert all(
+            torch.cosine_similarity(a.flatten(), b.flatten(), 0) > 0.9 for a, b in zip(found, expected, strict=True)
+        )
 
 
 def test_shared_input_of_q_k_and_v_is_stored_once() -> None:

@@ -73,6 +73,11 @@ class _AffineLayout(Layout):
 class ColumnAffineLayout(_AffineLayout):
     """LayerNorm's or RMSNorm's output: gamma and beta are `(columns,)`, a number for each column."""
 
+    def reshaped(self, shape: torch.Size) -> Layout | None:
+        """See `Layout.reshaped`."""
+        x_hat = self.x_hat.reshaped(shape)
+        return None if x_hat is None else replace(self, x_hat=x_hat)
+
     def unpack_rows(self, parts: Sequence[Tensor], start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """See `Layout.unpack_rows`."""
         parts, gamma, beta = self.split(parts)
@@ -171,6 +176,10 @@ class CellLayout(Layout):
         """See `Layout.matrix`."""
         return (prod(self.shape) // self.columns if self.columns else 0), self.columns
 
+    def reshaped(self, shape: torch.Size) -> Layout | None:
+        """See `Layout.reshaped`."""
+        return replace(self, shape=shape) if self.columns == shape[-1] else None
+
     def regrouped(self, parts: Sequence[Tensor], matrix: tuple[int, int]) -> Packed | None:
         """See `Layout.regrouped`."""
         if matrix == self.matrix:
@@ -234,6 +243,11 @@ class ActivatedLayout(Layout):
         """See `Layout.unpack_rows`."""
         return self.function(_rows(self.x, parts, start, stop, dtype))
 
+    def reshaped(self, shape: torch.Size) -> Layout | None:
+        """See `Layout.reshaped`."""
+        x = self.x.reshaped(shape)
+        return None if x is None else replace(self, x=x)
+
 
 @dataclass(frozen=True)
 class CorrectedLayout(Layout):
@@ -267,6 +281,11 @@ class CorrectedLayout(Layout):
         """See `Layout.unpack_rows`."""
         base = _rows(self.base, parts[: self.base_parts], start, stop, dtype)
         return self.exact.unpack_rows(parts[self.base_parts :], start, stop, dtype, base)
+
+    def reshaped(self, shape: torch.Size) -> Layout | None:
+        """See `Layout.reshaped`."""
+        base, exact = self.base.reshaped(shape), self.exact.reshaped(shape)
+        return None if base is None or exact is None else replace(self, base=base, exact=exact)
 
     def integers(self, parts: Sequence[Tensor]) -> Integers | None:
         """See `Layout.integers`."""
@@ -304,6 +323,11 @@ class DroppedLayout(Layout):
     def coarse(self) -> bool:
         """See `Layout.coarse`."""
         return self.x.coarse
+
+    def reshaped(self, shape: torch.Size) -> Layout | None:
+        """See `Layout.reshaped`."""
+        x = self.x.reshaped(shape)
+        return None if x is None else replace(self, x=x)
 
     def regrouped(self, parts: Sequence[Tensor], matrix: tuple[int, int]) -> Packed | None:
         """See `Layout.regrouped`."""
@@ -399,6 +423,11 @@ class ProductLayout(Layout):
         """See `Layout.unpack_rows`."""
         left = _rows(self.left, parts[: self.left_parts], start, stop, dtype)
         return left * _rows(self.right, parts[self.left_parts :], start, stop, dtype)
+
+    def reshaped(self, shape: torch.Size) -> Layout | None:
+        """See `Layout.reshaped`."""
+        left, right = self.left.reshaped(shape), self.right.reshaped(shape)
+        return None if left is None or right is None else replace(self, left=left, right=right)
 
 
 def gradient_by_rows(

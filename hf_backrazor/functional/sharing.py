@@ -90,7 +90,29 @@ def note_cast(y: Tensor, x: Tensor) -> None:
 def origin_of(x: Tensor) -> Packed | None:
     """How `x` is restored from what the operator that made it saves; None if that is not known."""
     entry = x.__dict__.get(_NAME)
-    return entry.origin if entry is not None and entry.version == x._version else None
+    if entry is not None and entry.version == x._version and entry.origin is not None:
+        return entry.origin
+    base = _same_rows(x)
+    origin = None if base is None else origin_of(base)
+    layout = None if origin is None else origin.layout.reshaped(x.shape)
+    return None if origin is None or layout is None else Packed(layout, origin.parts)
+
+
+def _same_rows(x: Tensor) -> Tensor | None:
+    """The tensor that `x` is a view of, with the same rows in the same order; None if it is none."""
+    base = x._base
+    if base is None or base.dtype != x.dtype or base.shape[-1:] != x.shape[-1:] or base.numel() != x.numel():
+        return None
+    return base if x.is_contiguous() and base.is_contiguous() else None
+
+
+def _shares_with_views(base: Tensor, shape: torch.Size, spec: PackSpec, dtype: torch.dtype) -> bool:
+    """Whether `base` is packed for others, and its packed copies can be read in this shape."""
+    if _NAME not in base.__dict__ or base.grad_fn is None:
+        return False
+    origin = origin_of(base)
+    read = sparse_layout(base.shape, dtype, spec).reshaped(shape) is not None
+    return read and (origin is None or origin.layout.reshaped(shape) is not None)
 
 
 def pack_shared(x: Tensor, spec: PackSpec, dtype: torch.dtype | None = None, derived: bool = True) -> Packed:
@@ -114,6 +136,11 @@ def pack_shared(x: Tensor, spec: PackSpec, dtype: torch.dtype | None = None, der
         # Products of torch save such an input as they lay it out, so that it may be changed later.
         rearranged = packed.layout.whole and x.dim() > 2 and not x.is_contiguous()
         return Packed(packed.layout, (packed.parts[0].clone(),)) if rearranged and x.dim() < 4 else packed
+    # Model code flattens tokens, after a norm and before it sends them to experts.
+    base = _same_rows(x)
+    if base is not None and _shares_with_views(base, x.shape, spec, dtype):
+        packed = pack_shared(base, spec, dtype, derived)
+        return Packed(packed.layout.reshaped(x.shape), packed.parts)
     if spec.bits and entry.cast_from is not None:
         source, version = entry.cast_from
         if source._version == version:

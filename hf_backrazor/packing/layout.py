@@ -63,6 +63,12 @@ class Layout(ABC):
         """The same tensor, packed, with other rows and columns, without a copy; None if that cannot be."""
         return Packed(self, tuple(parts)) if matrix == self.matrix else None
 
+    def reshaped(self, shape: torch.Size) -> Layout | None:
+        """The layout of the same parts, of a tensor of this shape whose last dimension is as it was; None if there is
+        none.
+        """
+        return None
+
     def integers(self, parts: Sequence[Tensor]) -> Integers | None:
         """The tensor as a matrix of integers; None if it is not coded in a way that allows for that."""
         return None

@@ -132,6 +132,11 @@ class SparseLayout(Layout):
         """Rows that share a mean: the second-to-last dimension."""
         return self.shape[-2] if len(self.shape) > 1 else 1
 
+    def reshaped(self, shape: torch.Size) -> SparseLayout | None:
+        """See `Layout.reshaped`."""
+        by_row = self.spec.granularity == "row" and self.spec.row_dims == 1 and not self.spec.centred
+        return sparse_layout(shape, self.dtype, self.spec) if by_row and not self.whole else None
+
     def unpack_rows(
         self,
         parts: Sequence[Tensor],
