@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -48,6 +50,17 @@ SHAPES = [(5,), (3, 5), (2, 3, 5), (2, 2, 3, 5)]
 
 def double(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def test_who_saves_an_activation_saves_its_values_alone(tmp_path: Path) -> None:
+    y = layer_norm(torch.randn(8, 64, requires_grad=True), (64,), None, None, 1e-5, CODED)
+    pack_shared(y, CODED)
+    torch.save(y, tmp_path / "razor.pt")
+    torch.save(y.detach().requires_grad_(), tmp_path / "plain.pt")
+    assert abs((tmp_path / "razor.pt").stat().st_size - (tmp_path / "plain.pt").stat().st_size) < 200
+    loaded = torch.load(tmp_path / "razor.pt")
+    assert torch.equal(loaded, y)
+    assert origin_of(loaded) is None
 
 
 def test_casts_of_a_tensor_share_its_copy_while_it_is_what_it_was() -> None:

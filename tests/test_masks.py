@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,6 +76,16 @@ def test_layers_share_a_mask_that_has_not_changed() -> None:
     mask[0, 1] = True
     second = pack_mask(mask)
     assert torch.equal(second.layout.unpack(second.part), mask)
+
+
+def test_who_copies_or_saves_a_mask_gets_its_values_alone(tmp_path: Path) -> None:
+    mask = CAUSAL.clone()
+    packed = pack_mask(mask)
+    torch.save(mask, tmp_path / "mask.pt")
+    for copied in (copy.deepcopy(mask), torch.load(tmp_path / "mask.pt")):
+        assert torch.equal(copied, mask)
+        assert pack_mask(copied) is not packed
+        assert pack_mask(mask) is packed
 
 
 def test_no_copy_outlives_the_graph() -> None:

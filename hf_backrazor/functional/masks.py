@@ -8,12 +8,12 @@ one bit an element.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..packing import pack_bits, unpack_bits
 
@@ -58,7 +58,17 @@ class PackedMask:
     version: int
 
 
-_shared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+class _Shared:
+    """What a mask is packed as, while a graph holds that; an attribute of the mask, gone with it."""
+
+    name = "_razor_mask"
+
+    def __init__(self, packed: PackedMask) -> None:
+        self.packed = ref(packed)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Who copies or saves a mask copies and saves its values alone: an empty set is what `torch.load` lets through.
+        return set, ()
 
 
 def pack_mask(mask: Tensor) -> PackedMask:
@@ -72,11 +82,12 @@ def pack_mask(mask: Tensor) -> PackedMask:
     """
     if mask.requires_grad or mask.dim() < 2 or not (mask.dtype == torch.bool or mask.is_floating_point()):
         return _whole(mask)
-    shared = _shared[mask]() if mask in _shared else None
-    if shared is None or shared.version != mask._version:
-        shared = _pack(mask)
-        _shared[mask] = ref(shared)
-    return shared
+    noted = mask.__dict__.get(_Shared.name)
+    packed = noted.packed() if noted else None
+    if packed is None or packed.version != mask._version:
+        packed = _pack(mask)
+        mask.__dict__[_Shared.name] = _Shared(packed)
+    return packed
 
 
 def _pack(mask: Tensor) -> PackedMask:

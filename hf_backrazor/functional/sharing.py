@@ -30,8 +30,8 @@ class _Entry:
     cast_from: tuple[Tensor, int] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Who saves an activation saves its numbers alone.
-        return type(None), ()
+        # Who saves an activation saves its numbers alone: an empty set is what `torch.load` lets through.
+        return set, ()
 
 
 # An attribute of the dense tensor itself, gone with it: an entry never outlives the tensor it was packed from, so
@@ -44,7 +44,7 @@ def _entry(x: Tensor) -> _Entry | None:
     if x.grad_fn is None:
         return None
     entry = x.__dict__.get(_NAME)
-    if entry is None or entry.version != x._version:
+    if not entry or entry.version != x._version:
         entry = x.__dict__[_NAME] = _Entry(x._version)
     return entry
 
@@ -90,7 +90,7 @@ def note_cast(y: Tensor, x: Tensor) -> None:
 def origin_of(x: Tensor) -> Packed | None:
     """How `x` is restored from what the operator that made it saves; None if that is not known."""
     entry = x.__dict__.get(_NAME)
-    if entry is not None and entry.version == x._version and entry.origin is not None:
+    if entry and entry.version == x._version and entry.origin is not None:
         return entry.origin
     base = _same_rows(x)
     origin = None if base is None else origin_of(base)
