@@ -330,7 +330,7 @@ def test_residual_network_of_stages(memory_format: torch.memory_format) -> None:
 def test_blocks_that_draw_random_numbers_of_others_than_torch() -> None:
     class Drawing(UNet.Block):
         def forward(self, x: Tensor, embedded_time: Tensor) -> Tensor:
-            return super().forward(x, embedded_time) * random.random() * np.random.rand()
+            return super().forward(x * random.random() * np.random.rand(), embedded_time)
 
     model, images, time = UNet(), torch.randn(2, 3, 16, 16), torch.randn(2, 8)
     model.middle = Drawing(32, 32)
