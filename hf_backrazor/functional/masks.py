@@ -8,7 +8,6 @@ one bit an element.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 from weakref import ref
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from ..packing import pack_bits, unpack_bits
+from .notes import Note
 
 
 @dataclass(frozen=True)
@@ -58,17 +58,13 @@ class PackedMask:
     version: int
 
 
-class _Shared:
-    """What a mask is packed as, while a graph holds that; an attribute of the mask, gone with it."""
+class _Shared(Note):
+    """What a mask is packed as, while a graph holds that."""
 
     name = "_razor_mask"
 
     def __init__(self, packed: PackedMask) -> None:
         self.packed = ref(packed)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Who copies or saves a mask copies and saves its values alone: an empty set is what `torch.load` lets through.
-        return set, ()
 
 
 def pack_mask(mask: Tensor) -> PackedMask:
@@ -82,11 +78,11 @@ def pack_mask(mask: Tensor) -> PackedMask:
     """
     if mask.requires_grad or mask.dim() < 2 or not (mask.dtype == torch.bool or mask.is_floating_point()):
         return _whole(mask)
-    noted = mask.__dict__.get(_Shared.name)
-    packed = noted.packed() if noted else None
+    noted = _Shared.of(mask)
+    packed = None if noted is None else noted.packed()
     if packed is None or packed.version != mask._version:
         packed = _pack(mask)
-        mask.__dict__[_Shared.name] = _Shared(packed)
+        _Shared(packed).attach(mask)
     return packed
 
 

@@ -36,7 +36,8 @@ def fast_dropout(device: torch.device, numel: int) -> AbstractContextManager:
 
     Args:
         device: where they are drawn.
-        numel: about how many. It takes 300 microseconds to look at the operators of SDPA, as long as to draw 2^16.
+        numel: about how many. To look at the operators of SDPA takes 100 microseconds: on one thread, 2^14
+            probabilities are attended by in 205 instead of 157, and 2^16 in 442 instead of 566.
     """
     return FastBernoulli() if device.type == "cpu" and numel >= 2**16 else nullcontext()
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..packing import Packed, PackSpec, SparseLayout, pack, sparse_layout
 from .layouts import ChannelAffineLayout, ColumnAffineLayout, CorrectedLayout
+from .notes import Note
 
 
 @dataclass
-class _Entry:
-    """What is known of a dense tensor.
+class _Entry(Note):
+    """What is known of a dense tensor. It never outlives the tensor it was packed from, so neither a later step nor a
+    recomputation under checkpointing can meet a stale copy.
 
     Attributes:
         version: the tensor's when this was noted; a change in place makes it another tensor.
@@ -24,28 +25,22 @@ class _Entry:
         cast_from: the tensor that this one is a wider copy of, and the version that it had.
     """
 
+    name = "_razor_entry"
+
     version: int
     origin: Packed | None = None
     copies: dict[tuple[PackSpec, torch.dtype, bool], Packed] = field(default_factory=dict)
     cast_from: tuple[Tensor, int] | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Who saves an activation saves its numbers alone: an empty set is what `torch.load` lets through.
-        return set, ()
-
-
-# An attribute of the dense tensor itself, gone with it: an entry never outlives the tensor it was packed from, so
-# neither a later step nor a recomputation under checkpointing can meet a stale copy.
-_NAME = "_razor_entry"
 
 
 def _entry(x: Tensor) -> _Entry | None:
     # Tensors from outside of the graph can be written to without a new version (through numpy or `.data`).
     if x.grad_fn is None:
         return None
-    entry = x.__dict__.get(_NAME)
-    if not entry or entry.version != x._version:
-        entry = x.__dict__[_NAME] = _Entry(x._version)
+    entry = _Entry.of(x)
+    if entry is None or entry.version != x._version:
+        entry = _Entry(x._version)
+        entry.attach(x)
     return entry
 
 
@@ -89,8 +84,8 @@ def note_cast(y: Tensor, x: Tensor) -> None:
 
 def origin_of(x: Tensor) -> Packed | None:
     """How `x` is restored from what the operator that made it saves; None if that is not known."""
-    entry = x.__dict__.get(_NAME)
-    if entry and entry.version == x._version and entry.origin is not None:
+    entry = _Entry.of(x)
+    if entry is not None and entry.version == x._version and entry.origin is not None:
         return entry.origin
     base = _same_rows(x)
     origin = None if base is None else origin_of(base)
@@ -108,7 +103,7 @@ def _same_rows(x: Tensor) -> Tensor | None:
 
 def _shares_with_views(base: Tensor, shape: torch.Size, spec: PackSpec, dtype: torch.dtype) -> bool:
     """Whether `base` is packed for others, and its packed copies can be read in this shape."""
-    if _NAME not in base.__dict__ or base.grad_fn is None:
+    if _Entry.of(base) is None or base.grad_fn is None:
         return False
     origin = origin_of(base)
     read = sparse_layout(base.shape, dtype, spec).reshaped(shape) is not None
