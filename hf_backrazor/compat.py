@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
+from torch._guards import TracingContext
+from torch._prims.rng_prims import run_with_rng_state
 from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 from torch.nn.utils import parametrize
+from torch.torch_version import TorchVersion
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -57,3 +61,53 @@ def will_be_executed(node: Node) -> bool:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # a leaf that `torch.autograd.grad` was asked for
         return True
+
+
+def is_traced() -> bool:
+    """Whether the compiler records the code that runs now, on tensors without values."""
+    return TracingContext.try_get() is not None
+
+
+def traced_constant(x: Tensor) -> Tensor:
+    """`x`, which has values, where the compiler may be recording: as a constant of its graph."""
+    return torch.ops.aten.lift_fresh_copy.default(x) if is_traced() else x
+
+
+def draw_from(state: Tensor, operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What `operator` returns if the default generator is in `state`, in the compiler's graph."""
+    return run_with_rng_state(state, operator, *args, **kwargs)
+
+
+# With modules as arguments, and their parameters part of the graph: checked in torch 2.13 alone.
+_TRACES_MODULES = TorchVersion(torch.__version__) >= (2, 13)
+
+# In the graph there are no arguments that are None.
+_NONE = "hf_backrazor: none"
+
+
+def traceable(function: _Function) -> _Function:
+    """Mark a function that the compiler does not read, but runs on tensors without values, and records what it does.
+
+    So it may be any Python that does not look at values. The compiler compiles it again when the tensors are of other
+    shapes, or numbers and strings are others among the arguments and the attributes of the module. Older versions of
+    torch break their graph at the function.
+
+    Args:
+        function: `function(module, *args, **kwargs)`. Arguments are tensors, numbers, strings, dtypes, and collections
+            of these, or None; results are tensors and collections of them.
+    """
+    if not _TRACES_MODULES:
+        return torch.compiler.disable(function)
+
+    @torch._dynamo.nonstrict_trace
+    def recorded(module: nn.Module, state: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = (None if isinstance(x, str) and x == _NONE else x for x in args)
+        return function(module, *given, **kwargs)
+
+    @functools.wraps(function)
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        state = tuple(x for x in vars(module).values() if isinstance(x, (bool, int, float, str)))
+        graphable = tuple(_NONE if x is None else x for x in args)
+        return recorded(module, state, graphable, {name: x for name, x in kwargs.items() if x is not None})
+
+    return call

@@ -24,6 +24,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
+from ..compat import traceable
 from ..config import RazorConfig
 from ..functional import recomputed_attention, sparse_attention
 from ..packing import PackSpec, pack_spec
@@ -145,11 +146,36 @@ def razor_attention_forward(
 
     Returns the output and, as the SDPA path does, None for the attention weights.
     """
-    function = _plain_function(module)
+    if not isinstance(module, RazorAttention):
+        raise ValueError(
+            f"attn_implementation={IMPLEMENTATION!r} is for the modules that `get_razor_model` prepares, and "
+            f"{type(module).__name__} is not one; load the model with 'sdpa' and call `get_razor_model` on it"
+        )
+    attend = _attention_in_graph if torch.compiler.is_compiling() else _attention
+    implementation = module.__dict__["config"]._attn_implementation
+    output, *weights = attend(module, implementation, query, key, value, attention_mask, **kwargs)
+    return output, weights[0] if weights else None
+
+
+def _attention(
+    module: RazorAttention,
+    implementation: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, ...]:
+    """The output; and weights, if there are any."""
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, _eager_function(module.plain_class))
     if not module.razor_active(query, key, value) or not module.worth_packing(query):
-        return function(module, query, key, value, attention_mask, **kwargs)
+        output, weights = function(module, query, key, value, attention_mask, **kwargs)
+        return (output,) if weights is None else (output, weights)
     with operator_running():
-        return _packed_attention(module, function, query, key, value, attention_mask, kwargs)
+        return (_packed_attention(module, function, query, key, value, attention_mask, kwargs),)
+
+
+_attention_in_graph = traceable(_attention)
 
 
 def _packed_attention(
@@ -160,7 +186,7 @@ def _packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     kwargs: dict[str, Any],
-) -> tuple[Tensor, None]:
+) -> Tensor:
     if kwargs.get("output_attentions"):
         logger.warning_once(
             "Razor attention does not return attention weights in training: they are not kept. For weights, call the "
@@ -175,7 +201,7 @@ def _packed_attention(
             "sparse q, k, v instead."
         )
     elif config.attention == "sparse":
-        return _sparse(module, function, query, key, value, attention_mask, kwargs), None
+        return _sparse(module, function, query, key, value, attention_mask, kwargs)
 
     # Tensors among the arguments go through autograd by themselves. `attend` lives as long as the graph does, and must
     # hold none of them: a mask that it held would stay whole, beside the packed one.
@@ -187,7 +213,7 @@ def _packed_attention(
     if spec.bits == 4 and config.attention == "recompute" and module.razor_scores.are_sharp(query, key, kwargs):
         spec = replace(spec, sparsity=1.0, bits=8, rotated=False)
     random = bool(kwargs.get("dropout"))
-    return recomputed_attention(attend, query, key, value, others, spec, random), None
+    return recomputed_attention(attend, query, key, value, others, spec, random)
 
 
 _PLACE = object()
@@ -293,17 +319,6 @@ def _qkv_spec(config: RazorConfig) -> PackSpec:
     sparsity = config.sparsity if config.qkv_bits < 8 and config.sparsity else 1.0
     rotated = config.qkv_bits == 4
     return pack_spec(sparsity, "row", config.qkv_bits, config.value_dtype, levels="even", centred=True, rotated=rotated)
-
-
-def _plain_function(module: RazorAttention) -> Callable:
-    """The attention function that the module would call without razor."""
-    if not isinstance(module, RazorAttention):
-        raise ValueError(
-            f"attn_implementation={IMPLEMENTATION!r} is for the modules that `get_razor_model` prepares, and "
-            f"{type(module).__name__} is not one; load the model with 'sdpa' and call `get_razor_model` on it"
-        )
-    name = module.__dict__["config"]._attn_implementation
-    return ALL_ATTENTION_FUNCTIONS.get_interface(name, _eager_function(module.plain_class))
 
 
 @cache

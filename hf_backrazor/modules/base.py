@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..compat import in_checkpoint, in_functorch_transform, no_frame_of_its_own
+from ..compat import in_checkpoint, in_functorch_transform, no_frame_of_its_own, traceable
 from ..config import RazorConfig
 from ..extension import Extension, extend
 from ..functional.sharing import origin_of
@@ -69,17 +69,22 @@ class RazorModule(Extension, _Module):
 
     @classmethod
     def members(cls, extended: type[nn.Module]) -> dict[str, Any]:
-        """See `Extension.members`: where the plain forward has other names for its arguments, one that takes those."""
+        """See `Extension.members`: an operator's forward, with the names that the plain one has for its arguments."""
         if not hasattr(cls, "forward"):
             return {}
         theirs, ours = (argument_names(owner.forward) for owner in (extended, cls))
         renamed = {their: our for their, our in zip(theirs, ours, strict=False) if their != our}
-        if not renamed:
-            return {}
+        recorded = traceable(cls.forward)
 
         @functools.wraps(extended.forward)
         def forward(self: RazorModule, *args: Any, **kwargs: Any) -> Any:
-            return cls.forward(self, *args, **{renamed.get(name, name): value for name, value in kwargs.items()})
+            compiling = torch.compiler.is_compiling()
+            # Outside of training it is the plain module, which the compiler and `torch.export` can trace.
+            if compiling and not (self.training and self.razor_enabled):
+                return extended.forward(self, *args, **kwargs)
+            if renamed:
+                kwargs = {renamed.get(name, name): value for name, value in kwargs.items()}
+            return (recorded if compiling else cls.forward)(self, *args, **kwargs)
 
         return {"forward": forward}
 
@@ -91,17 +96,10 @@ class RazorModule(Extension, _Module):
     @no_frame_of_its_own
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the plain module's."""
-        # Outside of training it is the plain module, which the compiler and `torch.export` can trace.
-        if torch.compiler.is_compiling() and not (self.training and self.razor_enabled):
+        if torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
-        return self._razor_call(super().__call__, args, kwargs)
-
-    # The compiler breaks its graph here, and the module does what it does without it. It could trace one module, not
-    # which of them share a tensor.
-    @torch.compiler.disable(reason="razor modules share packed tensors")
-    def _razor_call(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with without_own_calls(), self._as_operator():
-            return call(*args, **kwargs)
+            return super().__call__(*args, **kwargs)
 
     def _as_operator(self) -> AbstractContextManager:
         """What the module saves is what its operator saves, and no loose tensor, unless code of its own runs in it."""
@@ -117,7 +115,7 @@ class RazorModule(Extension, _Module):
         return self.training and self._saves_for(tensors, parameters)
 
     def _saves_for(self, tensors: Sequence[Tensor | None], parameters: Sequence[str]) -> bool:
-        if not (self.razor_enabled and torch.is_grad_enabled()) or is_dense() or torch.compiler.is_compiling():
+        if not (self.razor_enabled and torch.is_grad_enabled()) or is_dense():
             return False
         if not (any(x is not None and x.requires_grad for x in tensors) or any(map(self._trains, parameters))):
             return False

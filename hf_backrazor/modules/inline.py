@@ -79,7 +79,7 @@ class RazorInline(RazorModule):
 
         @functools.wraps(extended.forward)
         def forward(self: RazorInline, *args: Any, **kwargs: Any) -> Any:
-            if not (self.training and self.razor_enabled) or torch.compiler.is_compiling():
+            if not (self.training and self.razor_enabled):
                 return extended.forward(self, *args, **kwargs)
             with OwnCalls(self, CALLS):
                 return extended.forward(self, *args, **kwargs)

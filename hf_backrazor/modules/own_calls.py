@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
+from ..compat import traceable
 from .probe import operator_running
 
 _NOTHING = nullcontext()
@@ -25,12 +27,23 @@ class OwnCalls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         call = self._calls.get(func)
+        if call is not None and torch.compiler.is_compiling():
+            return _in_graph(self._module, list(self._calls).index(func), *args, **kwargs)
         if call is not None and _runs_now(self._module):
             with operator_running():
                 result = call(self._module, *args, **kwargs)
             if result is not NotImplemented:
                 return result
         return func(*args, **kwargs)
+
+
+@traceable
+def _in_graph(module: nn.Module, place: int, *args: Any, **kwargs: Any) -> Any:
+    """What the function at a place in the table gives, or what takes its place."""
+    from .calls import CALLS
+    function, call = list(CALLS.items())[place]
+    result = call(module, *args, **kwargs)
+    return function(*args, **kwargs) if result is NotImplemented else result
 
 
 def without_own_calls() -> AbstractContextManager:

@@ -103,7 +103,7 @@ class RazorRecomputed(RazorModule):
 
         @functools.wraps(extended.forward)
         def forward(self: RazorRecomputed, *args: Any, **kwargs: Any) -> Any:
-            if not self.training or self.razor_decision.again is False:
+            if not self.training or torch.compiler.is_compiling() or self.razor_decision.again is False:
                 return extended.forward(self, *args, **kwargs)
             return _forward(self, functools.partial(extended.forward, self), args, kwargs)
 

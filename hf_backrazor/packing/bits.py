@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from ..compat import is_traced, traced_constant
+
 # Field width in bits -> (integer that holds one group of bytes, the multiplier, the shift that leaves the top byte).
 # Byte i of a group weighs 2^(8 i) and must end at 2^(shift + width * i): the multiplier has the bits
 # shift - (8 - width) * i. No two products share a bit, so nothing carries.
@@ -64,7 +66,7 @@ def unpack_fields(packed: Tensor, width: int, n: int, table: Tensor) -> Tensor:
         `(..., n)`, dtype of `table`; a view into padding for odd `n`.
     """
     per_byte = 8 // width
-    out = table.index_select(0, packed.reshape(-1).int())
+    out = traced_constant(table).index_select(0, packed.reshape(-1).int())
     return out.view(*packed.shape[:-1], packed.shape[-1] * per_byte)[..., :n]
 
 
@@ -111,4 +113,8 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 def unpack_bits(packed: Tensor, n: int) -> Tensor:
     """The bool mask `(..., n)` that `pack_bits` packed."""
+    if is_traced():
+        # What reads the mask is compiled into one loop with this.
+        bits = (packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
+        return bits.flatten(-2)[..., :n].bool()
     return unpack_fields(packed, 1, n, byte_table(1, (0, 1), torch.bool, packed.device))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from ..compat import is_traced, traced_constant
 from ..kernels import cells as native_cells
 from ..kernels import rows as native
 from .bits import code_width, pack_codes
@@ -33,7 +34,13 @@ def _on(constants: _Constants, device: torch.device) -> _Constants:
             given = {f.name: getattr(constants, f.name) for f in fields(constants) if f.init}
             moved = {name: x.to(device) for name, x in given.items() if isinstance(x, Tensor)}
             constants.copies[device] = replace(constants, copies=constants.copies, **moved)
-    return constants.copies[device]
+    there = constants.copies[device]
+    if not is_traced():
+        return there
+    # Nobody else may find these.
+    given = {f.name: getattr(there, f.name) for f in fields(constants) if f.init}
+    traced = {name: traced_constant(x) for name, x in given.items() if isinstance(x, Tensor)}
+    return replace(there, copies={}, **traced)
 
 
 @dataclass(frozen=True, eq=False)
