@@ -18,7 +18,7 @@ from ..packing import Layout, PackSpec, pack
 from .differentiation import once_differentiable, restored, saved_parts, twice_differentiable
 from .masks import pack_mask
 from .precision import current_autocast
-from .rng import fast_dropout, get_rng_state, replayed_rng
+from .rng import drawing_again, noting_draws
 
 
 def recomputed_attention(
@@ -65,8 +65,7 @@ class _RecomputedAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         packed = [pack(x, spec) for x in (query, key, value)]
-        rng = [get_rng_state(query.device)] if random else []
-        ctx.attend, ctx.random = attend, random
+        ctx.attend = attend
         ctx.autocast = current_autocast(query.device.type)
         ctx.layouts = [(p.layout, len(p.parts)) for p in packed]
         parts = [part for x, p in zip((query, key, value), packed, strict=True) for part in saved_parts(x, p)]
@@ -74,15 +73,18 @@ class _RecomputedAttention(torch.autograd.Function):
         ctx.mask_layouts = [mask.layout for mask in masks]
         # Layers above find and share what this keeps alive.
         ctx.shared = [mask for mask in masks if mask.layout.form != "whole"]
+        rng: list[Tensor] = []
+        with noting_draws(query, _scores(query, key), rng) if random else nullcontext():
+            output = attend(query, key, value, *others).detach()  # no view (see `_Linear`)
+        ctx.draws = len(rng)
         ctx.save_for_backward(*rng, *(mask.part for mask in masks), *parts)
-        with fast_dropout(query.device, _scores(query, key)) if random else nullcontext():
-            return attend(query, key, value, *others).detach()  # no view (see `_Linear`)
+        return output
 
     @staticmethod
     @twice_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         saved = list(ctx.saved_tensors)
-        rng = saved.pop(0) if ctx.random else None
+        rng, saved = saved[: ctx.draws], saved[ctx.draws :]
         count = len(ctx.mask_layouts)
         others = [layout.unpack(part) for layout, part in zip(ctx.mask_layouts, saved[:count], strict=True)]
         again, needed = torch.is_grad_enabled(), ctx.needs_input_grad[3:]
@@ -92,9 +94,7 @@ class _RecomputedAttention(torch.autograd.Function):
             inputs = [x.detach() for x in (*_unpack_all(ctx.layouts, saved[count:]), *others)]
             for x, wanted in zip(inputs, needed, strict=True):
                 x.requires_grad_(wanted)
-        device = grad_output.device
-        faster = fast_dropout(device, _scores(*inputs[:2])) if ctx.random else nullcontext()
-        with torch.enable_grad(), ctx.autocast, replayed_rng(device, rng), faster:
+        with torch.enable_grad(), ctx.autocast, drawing_again(grad_output, _scores(*inputs[:2]), rng):
             output = ctx.attend(*inputs)
         wanted = [x for x in inputs if x.requires_grad]
         grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=again, allow_unused=True))
@@ -151,7 +151,6 @@ class _SparseAttention(torch.autograd.Function):
         spec: PackSpec,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        rng = [get_rng_state(query.device)] if dropout_p else []
         ctx.groups = query.shape[1] // key.shape[1]
         probabilities = _probabilities(query, _repeat_heads(key, ctx.groups), mask, scaling, is_causal)
         packed = [pack(x, spec) for x in (probabilities, query, key, value)]
@@ -159,22 +158,25 @@ class _SparseAttention(torch.autograd.Function):
         ctx.scaling, ctx.dropout_p = scaling, dropout_p
         ctx.mask_shape = None if mask is None else mask.shape
         ctx.layouts = [(p.layout, len(p.parts)) for p in packed]
+        rng: list[Tensor] = []
+        with noting_draws(query, _scores(query, key), rng) if dropout_p else nullcontext():
+            output = attend(query, key, value)
+        ctx.draws = len(rng)
         ctx.save_for_backward(*rng, *(part for p in packed for part in p.parts))
-        with fast_dropout(query.device, _scores(query, key)) if dropout_p else nullcontext():
-            return attend(query, key, value)
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         saved = list(ctx.saved_tensors)
-        rng = saved.pop(0) if ctx.dropout_p else None
+        rng, saved = saved[: ctx.draws], saved[ctx.draws :]
         probabilities, query, key, value = _unpack_all(ctx.layouts, saved)
         key, value = _repeat_heads(key, ctx.groups), _repeat_heads(value, ctx.groups)
         grad_output = grad_output.transpose(1, 2).to(query.dtype)
         grad_probabilities = grad_output @ value.transpose(-1, -2)
         dropped = probabilities
         if ctx.dropout_p:
-            with replayed_rng(grad_output.device, rng), fast_dropout(grad_output.device, probabilities.numel()):
+            with drawing_again(grad_output, probabilities.numel(), rng):
                 noise = F.dropout(torch.ones_like(probabilities), ctx.dropout_p)
             grad_probabilities *= noise
             dropped = probabilities * noise

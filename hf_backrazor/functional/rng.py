@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..compat import draw_from, is_traced
 from ..kernels.bernoulli import FastBernoulli
 
 
@@ -69,14 +71,81 @@ class HostRandomState:
 
 
 @contextmanager
-def replayed_rng(device: torch.device, state: Tensor | None) -> Iterator[None]:
-    """Draw from `state` inside the context, and go on from where the generator was after it. None: do nothing."""
-    if state is None:
-        yield
+def noting_draws(like: Tensor, numel: int, states: list[Tensor]) -> Iterator[None]:
+    """Inside this context somebody else's code draws its dropout, and `drawing_again` can have the same numbers drawn.
+
+    Args:
+        like: a tensor on the device where they are drawn.
+        numel: about how many (see `fast_dropout`).
+        states: what `drawing_again` needs is appended to these.
+    """
+    if is_traced():
+        with _TracedDraws(lambda: _note(fork_rng(like, len(states)), states)):
+            yield
         return
-    present = get_rng_state(device)
-    set_rng_state(device, state)
-    try:
+    states.append(get_rng_state(like.device))
+    with fast_dropout(like.device, numel):
         yield
-    finally:
-        set_rng_state(device, present)
+
+
+@contextmanager
+def drawing_again(like: Tensor, numel: int, states: Sequence[Tensor]) -> Iterator[None]:
+    """Inside this context the numbers are drawn again that were drawn in `noting_draws`, if any were.
+
+    The generator is after it where it was before.
+    """
+    if not states:
+        yield
+    elif is_traced():
+        with _TracedDraws(iter(states).__next__):
+            yield
+    else:
+        (state,), present = states, get_rng_state(like.device)
+        set_rng_state(like.device, state)
+        try:
+            with fast_dropout(like.device, numel):
+                yield
+        finally:
+            set_rng_state(like.device, present)
+
+
+def _note(state: Tensor, states: list[Tensor]) -> Tensor:
+    states.append(state)
+    return state
+
+
+class _TracedDraws(TorchDispatchMode):
+    """Lets each operator that draws do so from a state which is a tensor of the compiler's graph.
+
+    The compiler may move operators, and would take what the generator's state is now for a constant.
+    """
+
+    def __init__(self, next_state: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self._next_state = next_state
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        state = self._next_state()
+        if func is torch.ops.aten.bernoulli_.float:
+            return args[0].copy_(draw_from(state, torch.ops.aten.bernoulli.p, *args))
+        return draw_from(state, func, *args, **kwargs)
+
+
+@torch.library.custom_op("hf_backrazor::fork_rng", mutates_args=(), tags=torch.Tag.nondeterministic_seeded)
+def fork_rng(like: Tensor, number: int) -> Tensor:
+    """The state of a new generator for the device of `like`, seeded from torch's generator for the CPU.
+
+    Args:
+        like: any tensor.
+        number: another for each call that has the same tensor.
+    """
+    seed = int(torch.randint(2**62, ()))
+    return torch.Generator(like.device).manual_seed(seed).get_state()
+
+
+@fork_rng.register_fake
+def _(like: Tensor, number: int) -> Tensor:
+    return torch.empty(len(torch.Generator(like.device).get_state()), dtype=torch.uint8, device="cpu")

@@ -151,7 +151,7 @@ def razor_attention_forward(
             f"attn_implementation={IMPLEMENTATION!r} is for the modules that `get_razor_model` prepares, and "
             f"{type(module).__name__} is not one; load the model with 'sdpa' and call `get_razor_model` on it"
         )
-    attend = _attention_in_graph if torch.compiler.is_compiling() else _attention
+    attend = _attention_in_graph if torch.compiler.is_dynamo_compiling() else _attention
     implementation = module.__dict__["config"]._attn_implementation
     output, *weights = attend(module, implementation, query, key, value, attention_mask, **kwargs)
     return output, weights[0] if weights else None

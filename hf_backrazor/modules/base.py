@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache
@@ -78,7 +78,7 @@ class RazorModule(Extension, _Module):
 
         @functools.wraps(extended.forward)
         def forward(self: RazorModule, *args: Any, **kwargs: Any) -> Any:
-            compiling = torch.compiler.is_compiling()
+            compiling = torch.compiler.is_dynamo_compiling()
             # Outside of training it is the plain module, which the compiler and `torch.export` can trace.
             if compiling and not (self.training and self.razor_enabled):
                 return extended.forward(self, *args, **kwargs)
@@ -96,7 +96,7 @@ class RazorModule(Extension, _Module):
     @no_frame_of_its_own
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the plain module's."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return super().__call__(*args, **kwargs)
         with without_own_calls(), self._as_operator():
             return super().__call__(*args, **kwargs)

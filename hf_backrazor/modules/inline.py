@@ -12,7 +12,6 @@ import functools
 import re
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..config import RazorConfig

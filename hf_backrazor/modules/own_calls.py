@@ -27,7 +27,7 @@ class OwnCalls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         call = self._calls.get(func)
-        if call is not None and torch.compiler.is_compiling():
+        if call is not None and torch.compiler.is_dynamo_compiling():
             return _in_graph(self._module, list(self._calls).index(func), *args, **kwargs)
         if call is not None and _runs_now(self._module):
             with operator_running():
@@ -41,6 +41,7 @@ class OwnCalls(TorchFunctionMode):
 def _in_graph(module: nn.Module, place: int, *args: Any, **kwargs: Any) -> Any:
     """What the function at a place in the table gives, or what takes its place."""
     from .calls import CALLS
+
     function, call = list(CALLS.items())[place]
     result = call(module, *args, **kwargs)
     return function(*args, **kwargs) if result is NotImplemented else result

@@ -16,11 +16,12 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..compat import in_checkpoint, keeps_parametrized
+from ..compat import in_checkpoint, keeps_parametrized, traceable
 from ..config import RazorConfig
 from ..functional.checkpoint import packed_checkpoint
 from ..functional.rng import forked_rng
@@ -50,6 +51,7 @@ class Decision:
         exact: whether its inputs are kept as they are, as values decide what it does.
         changing: what its forward changes, as batch norms do their statistics.
         parametrized: what is parametrized in it, whether it is running or not.
+        estimated: what a forward on fake tensors has shown, in the last estimate or trace of the compiler.
     """
 
     def __init__(self, parametrized: Parametrized) -> None:
@@ -57,16 +59,17 @@ class Decision:
         self.exact = False
         self.changing = Changes((), (), draws=False)
         self.parametrized = parametrized
-        self._estimated: tuple[Any, Decision] | None = None
+        self.estimated: Decision | None = None
+        self._mode: ref | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_estimated": None}
+        return {**self.__dict__, "estimated": None, "_mode": None}
 
     def of_estimate(self, mode: Any) -> Decision:
         """The one of an estimate on fake tensors of this mode, where there are no values to look at."""
-        if self._estimated is None or self._estimated[0]() is not mode:
-            self._estimated = ref(mode), Decision(self.parametrized)
-        return self._estimated[1]
+        if self.estimated is None or self._mode is None or self._mode() is not mode:
+            self.estimated, self._mode = Decision(self.parametrized), ref(mode)
+        return self.estimated
 
 
 class RazorRecomputed(RazorModule):
@@ -101,9 +104,25 @@ class RazorRecomputed(RazorModule):
     def members(cls, extended: type[nn.Module]) -> dict[str, Any]:
         """See `Extension.members`: a forward with the signature of what is extended."""
 
+        @traceable
+        def estimate(self: RazorRecomputed, *args: Any, **kwargs: Any) -> tuple[()]:
+            # The compiler runs this several times, and the first time on nothing but fake tensors.
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            if all(isinstance(x, FakeTensor) for x in tensors):
+                # One that this is inside of may have looked at it.
+                if self.razor_decision.of_estimate(detect_fake_mode(tensors)).again is None:
+                    _forward(self, functools.partial(extended.forward, self), args, kwargs)
+            return ()
+
         @functools.wraps(extended.forward)
         def forward(self: RazorRecomputed, *args: Any, **kwargs: Any) -> Any:
-            if not self.training or torch.compiler.is_compiling() or self.razor_decision.again is False:
+            decision = self.razor_decision
+            if torch.compiler.is_dynamo_compiling() and self.training and decision.again is None:
+                estimate(self, *args, **kwargs)
+                # The compiler reads the forward of a module that is not computed again.
+                if decision.estimated is None or not decision.estimated.again:
+                    return extended.forward(self, *args, **kwargs)
+            if not self.training or decision.again is False:
                 return extended.forward(self, *args, **kwargs)
             return _forward(self, functools.partial(extended.forward, self), args, kwargs)
 
@@ -111,7 +130,6 @@ class RazorRecomputed(RazorModule):
             return {"forward": forward, "kind": extended.kind}
 
         def __call__(self: RazorRecomputed, *args: Any, **kwargs: Any) -> Any:
-            # The compiler reads the forward of a module that is not computed again.
             return extended.__call__(self, *args, **kwargs)
 
         return {"forward": forward, "__call__": __call__}
