@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,10 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
+from .compat import traceable
 from .config import RazorConfig
 from .extension import Extension, can_extend, extend, restore
 from .model_card import TAG, write_section
-from .modules import RazorModule, find_blocks
+from .modules import RazorLMHead, RazorModule, find_blocks, with_lazy_logits
 from .prepare import choose_operators, remove_operators, take_copies
 from .report import MemoryReport, measure_saved_bytes
 from .targets import unmatched_targets
@@ -37,6 +39,24 @@ class RazorModel(Extension, _Module):
     """
 
     razor_config: RazorConfig
+
+    @classmethod
+    def members(cls, extended: type[nn.Module]) -> dict[str, Any]:
+        """See `Extension.members`: the loss of a language model, where the compiler traces it."""
+        plain = getattr(extended, "loss_function", None)
+        if not isinstance(plain, property):
+            return {}
+
+        @traceable
+        def loss(self: RazorModel, *args: Any, **kwargs: Any) -> Any:
+            return with_lazy_logits(plain.fget(self), *args, **kwargs)
+
+        def loss_function(self: RazorModel) -> Callable[..., Any]:
+            traced = torch.compiler.is_dynamo_compiling() and self.training
+            lazily = traced and isinstance(self.get_output_embeddings(), RazorLMHead)
+            return functools.partial(loss, self) if lazily else plain.fget(self)
+
+        return {"loss_function": property(loss_function, plain.fset)}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the plain model's; the first training forward is watched (see `watched_forward`)."""

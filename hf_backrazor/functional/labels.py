@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..compat import is_traced
+
 
 def check_labels(labels: Tensor, classes: int, counted: Tensor) -> None:
     """Refuse labels out of range, as `torch.nn.functional.cross_entropy` does.
@@ -16,12 +18,12 @@ def check_labels(labels: Tensor, classes: int, counted: Tensor) -> None:
         counted: bool, as `labels`: where they matter.
 
     Raises:
-        IndexError: on a CPU; elsewhere an assertion on the device fails, as asking would wait for it.
+        IndexError: on a CPU; elsewhere, and where the compiler traces this, an assertion fails: asking would wait.
     """
     if labels.is_meta or isinstance(labels, FakeTensor):
         return
     wrong = counted & ((labels < 0) | (labels >= classes))
-    if labels.device.type != "cpu":
+    if labels.device.type != "cpu" or is_traced():
         torch._assert_async(~wrong.any(), "Target is out of bounds.")
     elif wrong.any():
         raise IndexError(f"Target {labels[wrong][0].item()} is out of bounds.")

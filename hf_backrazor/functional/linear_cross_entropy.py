@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from ..compat import is_traced
 from ..shapes_only import turns
 from .differentiation import once_differentiable
 from .labels import check_labels
 from .precision import accumulate_dtype, current_autocast
+from .traced import once_more
 
 # Logits in a tile: 16 MiB in float32 on a CPU. A tile spans all tokens where it can, so that each part of the weight
 # is read, and each part of its gradient written, once.
@@ -101,6 +103,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, logsumexp, counted = ctx.saved_tensors
+        hidden = once_more(hidden) if is_traced() else hidden
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         smoothing = ctx.label_smoothing
         upstream = grad_output.where(counted, 0)

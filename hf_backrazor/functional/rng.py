@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..compat import draw_from, is_traced
+from ..compat import is_traced
 from ..kernels.bernoulli import FastBernoulli
+from .traced import TracedDraws
 
 
 def get_rng_state(device: torch.device) -> Tensor:
@@ -80,7 +80,7 @@ def noting_draws(like: Tensor, numel: int, states: list[Tensor]) -> Iterator[Non
         states: what `drawing_again` needs is appended to these.
     """
     if is_traced():
-        with _TracedDraws(lambda: _note(fork_rng(like, len(states)), states)):
+        with TracedDraws.first(like, states):
             yield
         return
     states.append(get_rng_state(like.device))
@@ -97,7 +97,7 @@ def drawing_again(like: Tensor, numel: int, states: Sequence[Tensor]) -> Iterato
     if not states:
         yield
     elif is_traced():
-        with _TracedDraws(iter(states).__next__):
+        with TracedDraws(iter(states).__next__):
             yield
     else:
         (state,), present = states, get_rng_state(like.device)
@@ -107,45 +107,3 @@ def drawing_again(like: Tensor, numel: int, states: Sequence[Tensor]) -> Iterato
                 yield
         finally:
             set_rng_state(like.device, present)
-
-
-def _note(state: Tensor, states: list[Tensor]) -> Tensor:
-    states.append(state)
-    return state
-
-
-class _TracedDraws(TorchDispatchMode):
-    """Lets each operator that draws do so from a state which is a tensor of the compiler's graph.
-
-    The compiler may move operators, and would take what the generator's state is now for a constant.
-    """
-
-    def __init__(self, next_state: Callable[[], Tensor]) -> None:
-        super().__init__()
-        self._next_state = next_state
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags:
-            return func(*args, **kwargs)
-        state = self._next_state()
-        if func is torch.ops.aten.bernoulli_.float:
-            return args[0].copy_(draw_from(state, torch.ops.aten.bernoulli.p, *args))
-        return draw_from(state, func, *args, **kwargs)
-
-
-@torch.library.custom_op("hf_backrazor::fork_rng", mutates_args=(), tags=torch.Tag.nondeterministic_seeded)
-def fork_rng(like: Tensor, number: int) -> Tensor:
-    """The state of a new generator for the device of `like`, seeded from torch's generator for the CPU.
-
-    Args:
-        like: any tensor.
-        number: another for each call that has the same tensor.
-    """
-    seed = int(torch.randint(2**62, ()))
-    return torch.Generator(like.device).manual_seed(seed).get_state()
-
-
-@fork_rng.register_fake
-def _(like: Tensor, number: int) -> Tensor:
-    return torch.empty(len(torch.Generator(like.device).get_state()), dtype=torch.uint8, device="cpu")

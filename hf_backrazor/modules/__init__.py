@@ -19,7 +19,7 @@ from .dropout import RazorDropout
 from .group_norm import RazorGroupNorm, RazorInstanceNorm
 from .inline import RazorInline, RazorOutermost
 from .linear import RazorConv1D, RazorLinear
-from .lm_head import RazorLMHead
+from .lm_head import RazorLMHead, with_lazy_logits
 from .norm import RazorLayerNorm, RazorRMSNorm
 from .padding import RazorZeroPad
 from .pooling import RazorAveragePool2d, RazorMaxPool2d
@@ -75,4 +75,5 @@ __all__ = [
     "running_sums",
     "sees_probes",
     "stack_blocks",
+    "with_lazy_logits",
 ]

@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from ..compat import is_traced
 from ..functional import linear_cross_entropy, linear_gather
+from ..functional.notes import Note
 from ..functional.precision import autocast_is_on, current_autocast, without_autocast
 from .elements import Computation
 from .lazy import Description, LazyTensor, widened_dtype
@@ -38,16 +40,16 @@ class RazorLMHead(RazorLinear):
         """See `RazorModule.handles`."""
         return RazorLinear.handles(module)
 
-    # The compiler traces the plain head: it knows nothing of a tensor that is not there yet.
-    __call__ = nn.Module.__call__
-
     def forward(self, input: Tensor) -> Tensor:
         """As the plain module; in training the logits are computed when they are needed."""
-        if torch.compiler.is_compiling():
-            return self.plain_class.forward(self, input)
         active = self.razor_active(input, parameters=("weight",)) and self.worth_packing(input)
         if not active or _leaves_after_forward(self):
             return super().forward(input)
+        if is_traced():
+            # A graph of the compiler has no lazy tensors. Logits that nothing but the loss reads are not computed.
+            logits = super().forward(input)
+            HeadNote(input, self.weight, self.bias).attach(logits)
+            return logits
         return LazyLogits(input, self.weight, self.bias)
 
     def razor_repr(self) -> str:
@@ -63,6 +65,27 @@ def _leaves_after_forward(head: nn.Module) -> bool:
         return False
     group = getattr(head._get_fsdp_state(), "_fsdp_param_group", None)
     return getattr(group, "_reshard_after_forward", True)
+
+
+@dataclass
+class HeadNote(Note):
+    """What logits that the compiler traces were computed from."""
+
+    name = "_razor_head"
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+def with_lazy_logits(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`function(*args, **kwargs)`, a loss, with lazy tensors in place of the logits among its arguments."""
+
+    def lazy(x: Any) -> Any:
+        note = HeadNote.of(x) if isinstance(x, Tensor) else None
+        return x if note is None else LazyLogits(note.hidden, note.weight, note.bias)
+
+    return function(*map(lazy, args), **{name: lazy(x) for name, x in kwargs.items()})
 
 
 class HeadComputation(Computation):

@@ -108,10 +108,11 @@ class RazorRecomputed(RazorModule):
         def estimate(self: RazorRecomputed, *args: Any, **kwargs: Any) -> tuple[()]:
             # The compiler runs this several times, and the first time on nothing but fake tensors.
             tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            if all(isinstance(x, FakeTensor) for x in tensors):
-                # One that this is inside of may have looked at it.
-                if self.razor_decision.of_estimate(detect_fake_mode(tensors)).again is None:
-                    _forward(self, functools.partial(extended.forward, self), args, kwargs)
+            if not all(isinstance(x, FakeTensor) for x in tensors):
+                return ()
+            # A module that this one is in may have looked at it.
+            if self.razor_decision.of_estimate(detect_fake_mode(tensors)).again is None:
+                _forward(self, functools.partial(extended.forward, self), args, kwargs)
             return ()
 
         @functools.wraps(extended.forward)
