@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from math import inf, pi, sqrt
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from ..packing import Cells, CellTable, Packed, PackSpec, Steps, encode_cells, pack, pack_steps, times_steps
 from ..packing.cells import FINE
@@ -218,7 +218,7 @@ def _columns(x: Tensor) -> int:
 class _CodedActivation(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         forward: Callable[[Tensor], Tensor],
         rule: ActivationRule,
@@ -237,14 +237,14 @@ class _CodedActivation(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor, *_codes: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor, *_codes: None) -> tuple[Tensor | None, ...]:
         return gradient_by_rows(grad_output, ctx.layout, ctx.saved_tensors), None, None, None, None
 
 
 class _PackedActivation(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         forward: Callable[[Tensor], Tensor],
         rule: ActivationRule,
@@ -260,7 +260,7 @@ class _PackedActivation(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         def write(x: Tensor, grad: Tensor, out: Tensor) -> None:
             out.copy_(ctx.rule.gradient(x, grad))
 
@@ -270,7 +270,7 @@ class _PackedActivation(torch.autograd.Function):
 class _Activation(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         forward: Callable[[Tensor], Tensor],
         rule: ActivationRule | None,
@@ -302,7 +302,7 @@ class _Activation(torch.autograd.Function):
 
     @staticmethod
     @twice_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         stored, *parameters = ctx.saved_tensors
         others = (None,) * 4
         if ctx.rule is not None and ctx.rule.steps is not None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from ..packing import Layout, Packed, PackSpec
 from ..shapes_only import turns
@@ -141,7 +140,7 @@ def convolution_same(
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -160,7 +159,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     @twice_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         weight, *parts = ctx.saved_tensors
         kernel = weight.to(grad_output.dtype)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
@@ -187,7 +186,7 @@ def _shape_alone(like: Tensor, shape: torch.Size) -> Tensor:
     return like.new_empty(1).expand(shape)
 
 
-def _grad_weight(ctx: FunctionCtx, grad_output: Tensor, kernel: Tensor, parts: Sequence[Tensor]) -> Tensor:
+def _grad_weight(ctx: Any, grad_output: Tensor, kernel: Tensor, parts: Sequence[Tensor]) -> Tensor:
     layout, shape, geometry = ctx.layout, ctx.input_shape, ctx.geometry
     if torch.is_grad_enabled():
         x = restored(layout, parts, grad_output.dtype, constant=not ctx.needs_input_grad[0])

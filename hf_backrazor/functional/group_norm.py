@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
-from torch.autograd.function import FunctionCtx
 
 from ..packing import Packed, PackSpec, pack, sparse_layout
 from .differentiation import replayed, replayed_gradients, restored, saved_parts
@@ -54,7 +53,7 @@ def group_norm(
     return y
 
 
-def _replay(ctx: FunctionCtx, grad_output: Tensor, *_parts: None) -> Any:
+def _replay(ctx: Any, grad_output: Tensor, *_parts: None) -> Any:
     if not ctx.from_input:
         return NotImplemented
     weight, _, _, *parts = ctx.saved_tensors
@@ -73,7 +72,7 @@ def _replay(ctx: FunctionCtx, grad_output: Tensor, *_parts: None) -> Any:
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         groups: int,
         weight: Tensor | None,
@@ -105,7 +104,7 @@ class _GroupNorm(torch.autograd.Function):
 
     @staticmethod
     @replayed(_replay)
-    def backward(ctx: FunctionCtx, grad_output: Tensor, *_parts: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor, *_parts: None) -> tuple[Tensor | None, ...]:
         weight, rstd, *parts = ctx.saved_tensors
         batch, _, _, groups = ctx.sizes
         of_groups = (batch, groups, -1)

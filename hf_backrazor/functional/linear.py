@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
-from torch.autograd.function import FunctionCtx
 
 from ..packing import Layout, Packed, PackSpec, fast_with_integers, weight_gradient
 from .differentiation import is_wanted, restored, saved_parts, twice_differentiable
@@ -51,7 +51,7 @@ def linear(
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -74,7 +74,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @twice_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         weight, *parts = ctx.saved_tensors
         grad_input = grad_weight = grad_bias = grad_sum = None
         grad_rows = grad_output.reshape(-1, grad_output.shape[-1])

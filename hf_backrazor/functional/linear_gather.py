@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from ..shapes_only import turns
 from .differentiation import once_differentiable
@@ -37,7 +38,7 @@ def linear_gather(hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Te
 class _LinearGather(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, dtype: torch.dtype
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, dtype: torch.dtype
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.dtype, ctx.bias_dtype = dtype, None if bias is None else bias.dtype
@@ -52,7 +53,7 @@ class _LinearGather(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, index = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dtype = accumulate_dtype(hidden)

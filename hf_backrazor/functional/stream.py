@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from ..packing import Packed, PackSpec, pack
 from .differentiation import once_differentiable
@@ -150,11 +150,11 @@ class _Save(torch.autograd.Function):
     """Saves tensors as autograd does, so that saved-tensor hooks see them; it has no part in a backward."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, anchor: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
         return anchor.detach()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, ...]:
         return (None,) * len(ctx.needs_input_grad)
