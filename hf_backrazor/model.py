@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -21,15 +21,10 @@ from .report import MemoryReport, measure_saved_bytes
 from .targets import unmatched_targets
 from .watch import is_first_forward, watched_forward
 
-if TYPE_CHECKING:
-    _Module = nn.Module
-else:
-    _Module = object
-
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class RazorModel(Extension, _Module):
+class RazorModel(Extension):
     """What `get_razor_model` adds to a model's class. Everything else the model had, it still has.
 
     Attributes:

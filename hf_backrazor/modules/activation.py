@@ -77,6 +77,7 @@ class RazorActivation(RazorModule):
     def install(cls, module: nn.Module, config: RazorConfig) -> None:
         """See `RazorModule.install`."""
         super().install(module, config)
+        assert isinstance(module, cls)
         if module.rule is not None and config.activation_bits <= 8:
             # Now, and not in the first forward: that may be traced, or run on fake tensors.
             cell_tables(module.rule, config.activation_bits)

@@ -107,6 +107,7 @@ class RazorBlock(RazorModule):
         # Put there by Accelerate, which moves inputs and weights to where they belong: part of what is computed again.
         hooked = module.__dict__.pop("forward", None)
         super().install(module, config)
+        assert isinstance(module, cls)
         module.razor_instance_forward = hooked
         if hooked is not None and "_old_forward" in module.__dict__:
             module._old_forward = MethodType(module.plain_class.forward, module)

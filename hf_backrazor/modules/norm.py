@@ -67,6 +67,7 @@ class RazorRMSNorm(RazorModule):
         """See `RazorModule.install`."""
         offset, epsilon = _probe(module)
         super().install(module, config)
+        assert isinstance(module, cls)
         module.razor_offset, module.razor_epsilon = offset, epsilon
 
     def forward(self, input: Tensor, *others: Any, **named: Any) -> Tensor:

@@ -98,6 +98,7 @@ class RazorRecomputed(RazorModule):
     def install(cls, module: nn.Module, config: RazorConfig) -> None:
         """See `RazorModule.install`."""
         super().install(module, config)
+        assert isinstance(module, cls)
         module.razor_decision = Decision(_parametrized(module))
 
     @classmethod
