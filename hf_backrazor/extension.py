@@ -77,7 +77,7 @@ def _initializer(extended: type[nn.Module]) -> Callable[..., None]:
     """
 
     @wraps(extended.__init__)
-    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         extended.__init__(self, *args, **kwargs)
         if "extensions" in vars(type(self)):
             self.__class__ = type(self).plain_class
@@ -92,7 +92,7 @@ def extend(module: nn.Module, extension: type[Extension]) -> None:
     top, as it is taken off again by its first base.
     """
     top = type(module)
-    base = top.__bases__[0] if is_parametrized(module) and top.__name__.startswith("Parametrized") else top
+    base: Any = top.__bases__[0] if is_parametrized(module) and top.__name__.startswith("Parametrized") else top
     extensions, plain_class = (base.extensions, base.plain_class) if "extensions" in vars(base) else ((), base)
     _become(module, _rebased(top, base, _extended_class((extension, *extensions), plain_class)))
 
@@ -115,6 +115,7 @@ def can_extend(module: nn.Module, extension: type[Extension]) -> bool:
 
 def restore(module: nn.Module, *kinds: type[Extension]) -> None:
     """Undo `extend` for extensions of these kinds; others stay, and so does what torch put on top meanwhile."""
+    base: Any
     for base in type(module).__mro__:
         if "extensions" in vars(base) and any(issubclass(extension, kinds) for extension in base.extensions):
             kept = tuple(extension for extension in base.extensions if not issubclass(extension, kinds))

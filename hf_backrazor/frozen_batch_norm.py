@@ -17,7 +17,7 @@ class FrozenBatchNorm(Extension):
 
     name_prefix = "Frozen"
 
-    def train(self, mode: bool = True) -> nn.Module:
+    def train(self, mode: bool = True) -> FrozenBatchNorm:
         """As the plain module's, but the mode stays that of evaluation."""
         return super().train(False)
 

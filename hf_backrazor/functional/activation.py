@@ -117,7 +117,8 @@ def cell_tables(rule: ActivationRule, bits: int) -> tuple[Cells, CellTable, Cell
             return below.gather(1, ends) - below.gather(1, starts)
 
         total = sums(torch.ones_like(x))
-        return cells, *(CellTable((sums(f) / total).float()) for f in (derivative, value))
+        slopes, values = (CellTable((sums(f) / total).float()) for f in (derivative, value))
+        return cells, slopes, values
 
 
 def _is_flat_beyond(rule: ActivationRule) -> bool:
@@ -142,7 +143,7 @@ def _best_intervals(weight: Tensor, value: Tensor, derivative: Tensor, count: in
     def over_intervals(sums: Tensor) -> Tensor:  # (members, end, start)
         return sums.unsqueeze(2) - sums.unsqueeze(1)
 
-    cost: Tensor | float = 0.0
+    cost: Any = 0.0
     total = over_intervals(sums(weight)).clamp_(min=1e-300)
     for f, importance in ((value, 1.0), (derivative, DERIVATIVE_WEIGHT)):
         centred = f - (weight * f).sum(1, keepdim=True)  # for the sake of precision
@@ -326,8 +327,8 @@ class _Activation(torch.autograd.Function):
         with torch.enable_grad():
             output = plain(*inputs)
         wanted = [tensor for tensor in inputs if tensor.requires_grad]
-        grads = iter(torch.autograd.grad(output, wanted, grad_output, allow_unused=True))
-        grad_x, *grads = (next(grads) if tensor.requires_grad else None for tensor in inputs)
+        found = iter(torch.autograd.grad(output, wanted, grad_output, allow_unused=True))
+        grad_x, *grads = (next(found) if tensor.requires_grad else None for tensor in inputs)
         return grad_x, *others, *grads
 
 

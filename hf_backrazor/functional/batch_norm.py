@@ -107,7 +107,7 @@ class _BatchNorm(torch.autograd.Function):
             x, weight, bias, running_mean, running_var, training, momentum, eps, cudnn
         )
         wide = accumulate_dtype(x)
-        if not training:
+        if running_mean is not None and running_var is not None and not training:
             mean, rstd = running_mean.to(wide), (running_var.to(wide) + eps).rsqrt()
         mean, rstd = mean.to(wide), rstd.to(wide)
         ctx.training, ctx.from_input, ctx.input_dtype = training, packed_input is not None, x.dtype

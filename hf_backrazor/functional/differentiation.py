@@ -44,9 +44,7 @@ def once_differentiable(backward: Backward) -> Backward:
             _refuse(f"the backward of {name}")
         return backward(ctx, *grads)
 
-    checked = twice_differentiable(refusing)
-    checked.differentiable = False
-    return checked
+    return _marked(twice_differentiable(refusing), False)
 
 
 def replayed(replay: Backward) -> Callable[[Backward], Backward]:
@@ -69,8 +67,7 @@ def replayed(replay: Backward) -> Callable[[Backward], Backward]:
                     return results
             return once(ctx, *grads)
 
-        checked.differentiable = True
-        return checked
+        return _marked(checked, True)
 
     return mark
 
@@ -86,8 +83,7 @@ def twice_differentiable(backward: Backward) -> Backward:
         _refuse_batches(name, grads)
         return backward(ctx, *grads)
 
-    checked.differentiable = True
-    return checked
+    return _marked(checked, True)
 
 
 def saved_parts(x: Tensor, packed: Packed) -> tuple[Tensor, ...]:
@@ -166,6 +162,11 @@ def _refuse(what: str) -> NoReturn:
 def _nothing(ctx: Any) -> tuple[None, ...]:
     """No gradient comes from no gradient; zeros would make optimizers move."""
     return (None,) * len(ctx.needs_input_grad)
+
+
+def _marked(backward: Any, differentiable: bool) -> Backward:
+    backward.differentiable = differentiable
+    return backward
 
 
 def _name(backward: Backward) -> str:

@@ -83,10 +83,11 @@ class _GroupNorm(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         batch, channels = x.shape[:2]
-        ctx.sizes, ctx.eps = (batch, channels, prod(x.shape[2:]), groups), eps
+        sizes = (batch, channels, prod(x.shape[2:]), groups)
+        ctx.sizes, ctx.eps = sizes, eps
         # As torch lays it out: sums in another order would differ in their last bits.
         plain = x.contiguous(memory_format=suggest_memory_format(x))
-        y, mean, rstd = torch.native_group_norm(plain, weight, bias, *ctx.sizes, eps)
+        y, mean, rstd = torch.native_group_norm(plain, weight, bias, *sizes, eps)
         mean, rstd = mean.to(accumulate_dtype(x)), rstd.to(accumulate_dtype(x))
         ctx.from_input, ctx.input_dtype = packed_input is not None, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype

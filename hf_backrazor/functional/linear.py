@@ -67,6 +67,7 @@ class _Linear(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(weight, *(() if packed is None else saved_parts(x, packed)))
         if transposed:
+            assert bias is not None
             y = torch.addmm(bias, x.view(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[-1])
         else:
             y = F.linear(x, weight, bias)
@@ -144,4 +145,5 @@ def _grad_weight(
             total.addmm_(left, right)
         else:
             total += left @ right
+    assert total is not None
     return total

@@ -127,21 +127,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad = grad.to(z.dtype)
             if ctx.elementwise is not None:
                 (grad,) = torch.autograd.grad(z, logits, grad)
-            if needs_hidden:
+            if grad_hidden is not None:
                 grad_hidden[tokens] += grad @ weight[classes].to(grad.dtype)
-            if needs_weight:
+            if grad_weight is not None:
                 part = grad.t() @ hidden[tokens].to(grad.dtype)
                 # The tiles of the first tokens come first.
                 if tokens.start == 0:
                     grad_weight[classes] = part
                 else:
                     grad_weight[classes] += part
-            if needs_bias:
+            if grad_bias is not None:
                 grad_bias[classes] += grad.sum(0)
         return (
-            grad_hidden.to(hidden.dtype) if needs_hidden else None,
+            None if grad_hidden is None else grad_hidden.to(hidden.dtype),
             grad_weight,
-            grad_bias.to(bias.dtype) if needs_bias else None,
+            None if grad_bias is None else grad_bias.to(bias.dtype),
             *(None,) * 4,
         )
 

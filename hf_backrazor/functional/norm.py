@@ -163,10 +163,9 @@ class _LayerNorm(torch.autograd.Function):
             grads = norm_gradients(grad_rows, x_hat, rstd, gamma, centred=True)
         else:
             grads = packed_norm_gradients(grad_rows, ctx.layout, parts, rstd, gamma, centred=True)
-        grad_input, grad_weight, grad_bias = grads
-        grad_input = grad_input.reshape(grad_output.shape).to(ctx.input_dtype)
-        grad_weight = grad_weight.view(weight.shape).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        grad_bias = grad_bias.view(ctx.normalized_shape).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+        grad_input = grads[0].reshape(grad_output.shape).to(ctx.input_dtype)
+        grad_weight = grads[1].view(weight.shape).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        grad_bias = grads[2].view(ctx.normalized_shape).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         return grad_input, grad_weight, grad_bias, None, None, None, None
 
 

@@ -103,7 +103,7 @@ class _MaxPool2d(torch.autograd.Function):
 
 def _origins(window: Window, pooled: Tensor) -> tuple[Tensor, Tensor]:
     """Row and column at which each window begins, which may lie in the padding: `(height, 1)` and `(width,)`."""
-    on = {"device": pooled.device, "dtype": pooled.dtype}
+    on: dict[str, Any] = {"device": pooled.device, "dtype": pooled.dtype}
     rows = torch.arange(pooled.shape[-2], **on) * window.stride[0] - window.padding[0]
     columns = torch.arange(pooled.shape[-1], **on) * window.stride[1] - window.padding[1]
     return rows.unsqueeze(-1), columns
@@ -193,7 +193,7 @@ class _Linear(torch.autograd.Function):
         return ctx.gradient(grad_output, shape, *ctx.arguments), None, None, None
 
 
-def _pair(value: int | Sequence[int] | None) -> tuple[int, ...]:
+def _pair(value: int | Sequence[int] | None) -> tuple[int, int] | Any:
     """A number for height and one for width, where one may stand for both; nothing for none."""
     if value is None or isinstance(value, int):
         return () if value is None else (value, value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import activations as hf
@@ -30,7 +31,7 @@ from .base import RazorModule, activation_bits, gate_spec, stand_in
 
 # Class -> what is known of its derivative (or how to find that for an instance). None: autograd finds it from the
 # input, kept in half precision.
-RULES: dict[type[nn.Module], ActivationRule | Callable[[nn.Module], ActivationRule] | None] = {
+RULES: dict[type[nn.Module], ActivationRule | Callable[[Any], ActivationRule] | None] = {
     hf.GELUActivation: GELU,
     hf.GELUTanh: GELU_TANH,
     hf.NewGELUActivation: GELU_TANH,

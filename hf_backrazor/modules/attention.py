@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -169,7 +169,8 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, ...]:
     """The output; and weights, if there are any."""
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, _eager_function(module.plain_class))
+    default = cast(Callable, _eager_function(module.plain_class))
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, default)
     if not module.razor_active(query, key, value) or not module.worth_packing(query):
         output, weights = function(module, query, key, value, attention_mask, **kwargs)
         return (output,) if weights is None else (output, weights)
@@ -244,7 +245,7 @@ def _attend(
 
 
 def _sparse(
-    module: nn.Module,
+    module: RazorAttention,
     function: Callable,
     query: Tensor,
     key: Tensor,

@@ -161,7 +161,7 @@ class RazorModule(Extension):
         return ", ".join(text for text in (super().extra_repr(), self.razor_repr()) if text)
 
 
-def stand_in(module: RazorModule, parameters: Mapping[str, Tensor]) -> nn.Module:
+def stand_in(module: RazorModule, parameters: Mapping[str, Tensor | None]) -> nn.Module:
     """A plain module in training with the attributes of `module`, and these tensors for its own parameters.
 
     What a backward computes again is to read the tensors that autograd saved: the module may hold others by then, as
