@@ -6,7 +6,7 @@ import importlib
 import json
 import os
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, cast
 
 import transformers
 from torch import nn
@@ -84,7 +84,7 @@ class AutoRazorModel:
         if cls._task is not None:
             return getattr(transformers, f"AutoModel{cls._task}")
         file = cached_file(name, CONFIG_NAME, **hub)
-        return model_class(json.loads(Path(file).read_bytes()).get("architectures"), name)
+        return model_class(json.loads(Path(cast(str, file)).read_bytes()).get("architectures"), name)
 
     @classmethod
     def _load_adapter(cls, name: str, kwargs: dict[str, Any]) -> nn.Module:

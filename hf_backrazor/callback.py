@@ -47,12 +47,12 @@ class RazorCallback(TrainerCallback):
         trainer.callback_handler.callbacks.insert(0, self)
         return self
 
-    def on_train_begin(
+    def on_train_begin(  # type: ignore[override]  # Trainer gives the model by its name
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Start watching."""
         if args.push_to_hub and state.is_world_process_zero and isinstance(model, RazorModel):
-            model.razor_config.save_pretrained(args.output_dir)
+            model.razor_config.save_pretrained(args.output_dir)  # type: ignore[arg-type]  # Trainer has set it
         measuring = ExitStack()
 
         def before(module: nn.Module, inputs: tuple, named: dict[str, Any]) -> None:

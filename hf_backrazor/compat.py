@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ def draw_from(state: Tensor, operator: Callable[..., Any], *args: Any, **kwargs:
 
 
 # With modules as arguments, and their parameters part of the graph: checked in torch 2.13 alone.
-_TRACES_MODULES = TorchVersion(torch.__version__) >= (2, 13)
+_TRACES_MODULES = TorchVersion(torch.__version__) >= "2.13"
 
 # In the graph there are no arguments that are None.
 _NONE = "hf_backrazor: none"
@@ -110,4 +110,4 @@ def traceable(function: _Function) -> _Function:
         graphable = tuple(_NONE if x is None else x for x in args)
         return recorded(module, state, graphable, {name: x for name, x in kwargs.items() if x is not None})
 
-    return call
+    return cast(_Function, call)

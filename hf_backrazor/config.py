@@ -328,7 +328,7 @@ class RazorConfig(PushToHubMixin):
                     revision=revision,
                     subfolder=subfolder,
                     token=token,
-                    cache_dir=cache_dir,
+                    cache_dir=cache_dir,  # type: ignore[arg-type]  # it takes any path
                     local_files_only=local_files_only,
                     library_name="hf_backrazor",
                     library_version=__version__,

@@ -175,7 +175,7 @@ def _fake(x: Tensor, device: torch.device) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=device).requires_grad_(x.requires_grad)
 
 
-def _base(model: nn.Module) -> nn.Module:
+def _base(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

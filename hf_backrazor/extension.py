@@ -9,13 +9,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache, wraps
 from types import MethodType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex, TypeVar, cast
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+if TYPE_CHECKING:
 
-class Extension:
+    class _Module(nn.Module):
+        """A module of any class, with attributes of any type."""
+
+        def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
+else:
+    _Module = object
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def class_cache(function: _Function) -> _Function:
+    """`functools.cache` for functions of classes, which type checkers do not take for hashable."""
+    return cast(_Function, cache(function))
+
+
+class Extension(_Module):
     """Base of the classes that objects are extended by. `extend` puts them before the object's own class.
 
     Attributes:
@@ -33,12 +50,12 @@ class Extension:
         """What classes have besides that are made of this extension and `extended`: a plain or an extended class."""
         return {}
 
-    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         # The combined class is made at run time, so pickle cannot find it by name; deepcopy comes through here too.
         return _rebuild, (self.extensions, self.plain_class), self.__dict__
 
 
-@cache
+@class_cache
 def _extended_class(extensions: tuple[type[Extension], ...], plain_class: type[nn.Module]) -> type[nn.Module]:
     first, *others = extensions
     extended = _extended_class(tuple(others), plain_class) if others else plain_class
@@ -60,7 +77,7 @@ def _initializer(extended: type[nn.Module]) -> Callable[..., None]:
     """
 
     @wraps(extended.__init__)
-    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         extended.__init__(self, *args, **kwargs)
         if "extensions" in vars(type(self)):
             self.__class__ = type(self).plain_class
@@ -75,7 +92,7 @@ def extend(module: nn.Module, extension: type[Extension]) -> None:
     top, as it is taken off again by its first base.
     """
     top = type(module)
-    base = top.__bases__[0] if is_parametrized(module) and top.__name__.startswith("Parametrized") else top
+    base: Any = top.__bases__[0] if is_parametrized(module) and top.__name__.startswith("Parametrized") else top
     extensions, plain_class = (base.extensions, base.plain_class) if "extensions" in vars(base) else ((), base)
     _become(module, _rebased(top, base, _extended_class((extension, *extensions), plain_class)))
 
@@ -98,6 +115,7 @@ def can_extend(module: nn.Module, extension: type[Extension]) -> bool:
 
 def restore(module: nn.Module, *kinds: type[Extension]) -> None:
     """Undo `extend` for extensions of these kinds; others stay, and so does what torch put on top meanwhile."""
+    base: Any
     for base in type(module).__mro__:
         if "extensions" in vars(base) and any(issubclass(extension, kinds) for extension in base.extensions):
             kept = tuple(extension for extension in base.extensions if not issubclass(extension, kinds))

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .extension import Extension, extend
 
-if TYPE_CHECKING:
-    _Module = nn.Module
-else:
-    _Module = object
-
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class FrozenBatchNorm(Extension, _Module):
+class FrozenBatchNorm(Extension):
     """A batch norm that stays in eval mode, whatever `train()` is called on: Trainer calls it before each step."""
 
     name_prefix = "Frozen"
 
-    def train(self, mode: bool = True) -> nn.Module:
+    def train(self, mode: bool = True) -> FrozenBatchNorm:
         """As the plain module's, but the mode stays that of evaluation."""
         return super().train(False)
 

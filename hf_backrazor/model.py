@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,15 +23,10 @@ from .report import MemoryReport, measure_saved_bytes
 from .targets import unmatched_targets
 from .watch import is_first_forward, watched_forward
 
-if TYPE_CHECKING:
-    _Module = nn.Module
-else:
-    _Module = object
-
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class RazorModel(Extension, _Module):
+class RazorModel(Extension):
     """What `get_razor_model` adds to a model's class. Everything else the model had, it still has.
 
     Attributes:
@@ -39,6 +34,7 @@ class RazorModel(Extension, _Module):
     """
 
     razor_config: RazorConfig
+    _razor_kinds: int
 
     @classmethod
     def members(cls, extended: type[nn.Module]) -> dict[str, Any]:
@@ -128,7 +124,8 @@ class RazorPreTrainedModel(RazorModel):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As the plain model's; `razor_config.json` goes beside the weights."""
-        result = super().save_pretrained(save_directory, *args, **kwargs)
+        plain: Any = super()
+        result = plain.save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             self.razor_config.save_pretrained(save_directory)
         return result
@@ -149,8 +146,9 @@ class RazorPreTrainedModel(RazorModel):
             metrics: name -> value, to be shown.
             repo_id: what to load the model by (default: the name of the folder).
         """
-        if hasattr(super(), "create_or_update_model_card"):  # PEFT's
-            super().create_or_update_model_card(output_dir)
+        plain: Any = super()
+        if hasattr(plain, "create_or_update_model_card"):  # PEFT's
+            plain.create_or_update_model_card(output_dir)
         name = repo_id or Path(output_dir).resolve().name
         write_section(output_dir, self.razor_config, self.__dict__.get("_razor_report"), metrics or {}, name)
 
@@ -158,7 +156,8 @@ class RazorPreTrainedModel(RazorModel):
         # Where both ways of `PushToHubMixin` to the Hub meet, when all other files are written.
         self.razor_config.save_pretrained(working_dir)
         self.create_or_update_model_card(working_dir, repo_id=repo_id)
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+        plain: Any = super()
+        return plain._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 
 def get_razor_model(model: Model, config: RazorConfig | None = None) -> Model:
@@ -188,7 +187,8 @@ def get_razor_model(model: Model, config: RazorConfig | None = None) -> Model:
         config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
 
     # What PEFT's `merge_and_unload` will return is a razor model too.
-    whole = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]
+    untyped: Any = model
+    whole = [model, *([untyped.get_base_model()] if hasattr(untyped, "get_base_model") else [])]
     for prepared in whole:
         if not can_extend(prepared, RazorModel):
             raise TypeError(
@@ -214,8 +214,8 @@ def get_razor_model(model: Model, config: RazorConfig | None = None) -> Model:
         prepared.razor_config = config
         if hasattr(prepared, "add_model_tags"):  # of cards that Trainer writes
             prepared.add_model_tags(TAG)
-    model._razor_unwatched = True
-    model._razor_kinds = _kinds(model)
+    untyped._razor_unwatched = True
+    untyped._razor_kinds = _kinds(model)
     return model
 
 

@@ -85,8 +85,7 @@ def section(config: RazorConfig, report: MemoryReport | None, metrics: Mapping[s
 
 
 def _settings(config: RazorConfig) -> str:
-    where = {"base_model_name_or_path": None, "revision": None}
-    plain = dataclasses.replace(config, **where)
+    plain = dataclasses.replace(config, base_model_name_or_path=None, revision=None)
     for preset in PRESETS:
         if plain == RazorConfig.preset(preset):
             return f"Settings: the preset `{preset}` of hf_backrazor {__version__}."

@@ -9,7 +9,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -71,7 +71,7 @@ class Choice:
         try:
             for name, module, operator in every:
                 operator.install(module, config.resolve(name))
-            stack_blocks(self.blocks)
+            stack_blocks(cast(dict[str, RazorBlock], self.blocks))
         except BaseException:
             remove_operators(module for _, module, _ in every)
             raise
@@ -169,7 +169,7 @@ def _common_modules(model: nn.Module) -> set[nn.Module]:
 
     Not those of the script that runs: what is made there is its author's to share.
     """
-    classes = {cls for module in model.modules() for cls in type(module).__mro__}
+    classes: set[Any] = {cls for module in model.modules() for cls in type(module).__mro__}
     held: list[Any] = []
     for source in {cls.__module__ for cls in classes} - {"__main__"}:
         held += vars(sys.modules[source]).values() if source in sys.modules else ()
@@ -187,12 +187,12 @@ def _has_no_state(module: nn.Module) -> bool:
     return not any(True for held in (module.parameters(), module.buffers(), module.children()) for _ in held)
 
 
-def _heads(model: nn.Module) -> set[nn.Module | None]:
+def _heads(model: Any) -> set[nn.Module | None]:
     """The layers that give a language model's logits, also of one inside of another module (a reward, a Lightning
     module)."""
     heads: set[nn.Module | None] = set()
     for module in model.modules():
-        head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+        head: Any = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
         # In PEFT's `modules_to_save` each adapter has a copy, beside the original.
         copies = getattr(head, "modules_to_save", None)
         heads |= {head} if copies is None else {head.original_module, *copies.values()}

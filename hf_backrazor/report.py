@@ -119,7 +119,7 @@ class MemoryReport:
         for row in self.modules:
             for i, size in enumerate((row.dense_bytes, row.razor_bytes, row.elements)):
                 sums[row.kind][i] += size
-        rows = [ModuleMemory(kind, kind, *sizes) for kind, sizes in sums.items()]
+        rows = [ModuleMemory(kind, kind, dense, razor, n) for kind, (dense, razor, n) in sums.items()]
         return sorted(rows, key=lambda row: -row.dense_bytes)
 
     def to_dict(self) -> dict[str, Any]:

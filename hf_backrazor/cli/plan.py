@@ -60,7 +60,7 @@ def show(data: dict[str, Any]) -> str:
     size = f"{data['memory'] / 2**30:.2f} GiB"
     title = f"{data['class']} ({data['model']}), {data['inputs']}, {data['dtype']}, in {size}"
     if data["batch"] is None:
-        rows = [("", "largest batch", "total, MiB")]
+        rows: list[tuple[str, ...]] = [("", "largest batch", "total, MiB")]
         for name, row in data["variants"].items():
             batch, total = (str(row["batch"]), mebibytes(row["total"])) if row else ("-", "-")
             rows.append((name, batch, total))

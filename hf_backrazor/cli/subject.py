@@ -133,10 +133,10 @@ def _example(model: Any, arguments: argparse.Namespace) -> tuple[dict[str, tuple
             "hf_backrazor.estimate_saved_bytes"
         )
     longest = getattr(config, "max_position_embeddings", None) or math.inf
-    length = arguments.sequence or min(128, longest)
+    length = arguments.sequence or int(min(128, longest))
     if length > longest:
         raise ValueError(f"--sequence {length} is more than the {longest} tokens that {type(model).__name__} takes")
-    shapes = {"input_ids": (length,)}
+    shapes: dict[str, tuple[int, ...]] = {"input_ids": (length,)}
     if "decoder_input_ids" in inspect.signature(type(model).forward).parameters:
         shapes["decoder_input_ids"] = (length,)
     return shapes, f"{length} tokens"

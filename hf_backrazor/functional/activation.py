@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from math import inf, pi, sqrt
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from ..packing import Cells, CellTable, Packed, PackSpec, Steps, encode_cells, pack, pack_steps, times_steps
 from ..packing.cells import FINE
@@ -117,7 +117,8 @@ def cell_tables(rule: ActivationRule, bits: int) -> tuple[Cells, CellTable, Cell
             return below.gather(1, ends) - below.gather(1, starts)
 
         total = sums(torch.ones_like(x))
-        return cells, *(CellTable((sums(f) / total).float()) for f in (derivative, value))
+        slopes, values = (CellTable((sums(f) / total).float()) for f in (derivative, value))
+        return cells, slopes, values
 
 
 def _is_flat_beyond(rule: ActivationRule) -> bool:
@@ -142,7 +143,7 @@ def _best_intervals(weight: Tensor, value: Tensor, derivative: Tensor, count: in
     def over_intervals(sums: Tensor) -> Tensor:  # (members, end, start)
         return sums.unsqueeze(2) - sums.unsqueeze(1)
 
-    cost: Tensor | float = 0.0
+    cost: Any = 0.0
     total = over_intervals(sums(weight)).clamp_(min=1e-300)
     for f, importance in ((value, 1.0), (derivative, DERIVATIVE_WEIGHT)):
         centred = f - (weight * f).sum(1, keepdim=True)  # for the sake of precision
@@ -218,7 +219,7 @@ def _columns(x: Tensor) -> int:
 class _CodedActivation(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         forward: Callable[[Tensor], Tensor],
         rule: ActivationRule,
@@ -237,14 +238,14 @@ class _CodedActivation(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor, *_codes: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor, *_codes: None) -> tuple[Tensor | None, ...]:
         return gradient_by_rows(grad_output, ctx.layout, ctx.saved_tensors), None, None, None, None
 
 
 class _PackedActivation(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         forward: Callable[[Tensor], Tensor],
         rule: ActivationRule,
@@ -260,7 +261,7 @@ class _PackedActivation(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         def write(x: Tensor, grad: Tensor, out: Tensor) -> None:
             out.copy_(ctx.rule.gradient(x, grad))
 
@@ -270,7 +271,7 @@ class _PackedActivation(torch.autograd.Function):
 class _Activation(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         forward: Callable[[Tensor], Tensor],
         rule: ActivationRule | None,
@@ -302,7 +303,7 @@ class _Activation(torch.autograd.Function):
 
     @staticmethod
     @twice_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         stored, *parameters = ctx.saved_tensors
         others = (None,) * 4
         if ctx.rule is not None and ctx.rule.steps is not None:
@@ -326,8 +327,8 @@ class _Activation(torch.autograd.Function):
         with torch.enable_grad():
             output = plain(*inputs)
         wanted = [tensor for tensor in inputs if tensor.requires_grad]
-        grads = iter(torch.autograd.grad(output, wanted, grad_output, allow_unused=True))
-        grad_x, *grads = (next(grads) if tensor.requires_grad else None for tensor in inputs)
+        found = iter(torch.autograd.grad(output, wanted, grad_output, allow_unused=True))
+        grad_x, *grads = (next(found) if tensor.requires_grad else None for tensor in inputs)
         return grad_x, *others, *grads
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from ..packing import Layout, PackSpec, pack
 from .differentiation import once_differentiable, restored, saved_parts, twice_differentiable
@@ -54,7 +54,7 @@ def recomputed_attention(
 class _RecomputedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         attend: Callable[..., Tensor],
         spec: PackSpec,
         random: bool,
@@ -82,7 +82,7 @@ class _RecomputedAttention(torch.autograd.Function):
 
     @staticmethod
     @twice_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         saved = list(ctx.saved_tensors)
         rng, saved = saved[: ctx.draws], saved[ctx.draws :]
         count = len(ctx.mask_layouts)
@@ -139,7 +139,7 @@ def sparse_attention(
 class _SparseAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         attend: Callable[[Tensor, Tensor, Tensor], Tensor],
         query: Tensor,
         key: Tensor,
@@ -167,7 +167,7 @@ class _SparseAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         saved = list(ctx.saved_tensors)
         rng, saved = saved[: ctx.draws], saved[ctx.draws :]
         probabilities, query, key, value = _unpack_all(ctx.layouts, saved)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from ..packing import Packed, PackSpec, batch_norm_gradients, pack, packed_batch_norm_gradients, sparse_layout
 from .differentiation import replayed, replayed_gradients, restored, saved_parts
@@ -54,7 +53,7 @@ def batch_norm(
     return y
 
 
-def _replay(ctx: FunctionCtx, grad_output: Tensor, *_parts: None) -> Any:
+def _replay(ctx: Any, grad_output: Tensor, *_parts: None) -> Any:
     if not (ctx.from_input or ctx.layout is None):
         return NotImplemented
     weight, rstd, *parts = ctx.saved_tensors
@@ -78,7 +77,7 @@ def _replay(ctx: FunctionCtx, grad_output: Tensor, *_parts: None) -> Any:
 
 
 def _fixed_gradients(
-    ctx: FunctionCtx, grad_output: Tensor, weight: Tensor | None, rstd: Tensor
+    ctx: Any, grad_output: Tensor, weight: Tensor | None, rstd: Tensor
 ) -> tuple[Tensor | None, None, Tensor | None]:
     """dX, dgamma and dbeta with fixed statistics and a frozen weight."""
     needs_x, _, needs_bias = ctx.needs_input_grad[:3]
@@ -92,7 +91,7 @@ def _fixed_gradients(
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -108,7 +107,7 @@ class _BatchNorm(torch.autograd.Function):
             x, weight, bias, running_mean, running_var, training, momentum, eps, cudnn
         )
         wide = accumulate_dtype(x)
-        if not training:
+        if running_mean is not None and running_var is not None and not training:
             mean, rstd = running_mean.to(wide), (running_var.to(wide) + eps).rsqrt()
         mean, rstd = mean.to(wide), rstd.to(wide)
         ctx.training, ctx.from_input, ctx.input_dtype = training, packed_input is not None, x.dtype
@@ -131,7 +130,7 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     @replayed(_replay)
-    def backward(ctx: FunctionCtx, grad_output: Tensor, *_parts: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor, *_parts: None) -> tuple[Tensor | None, ...]:
         weight, rstd, *parts = ctx.saved_tensors
         if ctx.layout is None:
             return *_fixed_gradients(ctx, grad_output, weight, rstd), None, None, None

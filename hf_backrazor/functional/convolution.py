@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from ..packing import Layout, Packed, PackSpec
 from ..shapes_only import turns
@@ -51,7 +50,7 @@ class Geometry:
         stride, dilation = _for_each(stride, size), _for_each(dilation, size)
         padding = 0 if padding == "valid" else padding
         transposed = output_padding is not None
-        output_padding = tuple(output_padding) if transposed else (0,) * len(size)
+        output_padding = (0,) * len(size) if output_padding is None else tuple(output_padding)
         return cls(stride, _for_each(padding, size), dilation, transposed, output_padding, groups)
 
     def padded(self, margins: Sequence[int]) -> Geometry:
@@ -133,7 +132,7 @@ def convolution_same(
     if any(uneven):
         x = zero_pad(x, [side for each in reversed(uneven) for side in (0, each)])
     function = (F.conv1d, F.conv2d, F.conv3d)[len(size) - 1]
-    moves = {"stride": stride, "padding": before, "dilation": dilation, "groups": groups}
+    moves: dict[str, Any] = {"stride": stride, "padding": before, "dilation": dilation, "groups": groups}
     geometry = Geometry.of(weight, **moves)
     return convolution(x, weight, bias, geometry, partial(function, weight=weight, bias=bias, **moves), spec)
 
@@ -141,7 +140,7 @@ def convolution_same(
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -160,7 +159,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     @twice_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         weight, *parts = ctx.saved_tensors
         kernel = weight.to(grad_output.dtype)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
@@ -171,7 +170,7 @@ class _Convolution(torch.autograd.Function):
         grad_weight = _grad_weight(ctx, grad_output, kernel, parts) if needs_weight else None
         return (
             grad_input.to(ctx.input_dtype) if needs_x else None,
-            grad_weight.to(weight.dtype) if needs_weight else None,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
             grad_bias.to(ctx.bias_dtype) if needs_bias else None,
             None,
             None,
@@ -187,7 +186,7 @@ def _shape_alone(like: Tensor, shape: torch.Size) -> Tensor:
     return like.new_empty(1).expand(shape)
 
 
-def _grad_weight(ctx: FunctionCtx, grad_output: Tensor, kernel: Tensor, parts: Sequence[Tensor]) -> Tensor:
+def _grad_weight(ctx: Any, grad_output: Tensor, kernel: Tensor, parts: Sequence[Tensor]) -> Tensor:
     layout, shape, geometry = ctx.layout, ctx.input_shape, ctx.geometry
     if torch.is_grad_enabled():
         x = restored(layout, parts, grad_output.dtype, constant=not ctx.needs_input_grad[0])
@@ -204,6 +203,7 @@ def _grad_weight(ctx: FunctionCtx, grad_output: Tensor, kernel: Tensor, parts: S
         else:
             total += grads[1]
         del grads  # not to be held while the next samples are unpacked, and their gradient made
+    assert total is not None
     return total
 
 

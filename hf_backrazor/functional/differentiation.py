@@ -27,7 +27,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from ..compat import is_batched, will_be_executed
 from ..packing import Layout, Packed, SparseLayout
@@ -40,14 +39,12 @@ def once_differentiable(backward: Backward) -> Backward:
     name = _name(backward)
 
     @wraps(backward)
-    def refusing(ctx: FunctionCtx, *grads: Tensor | None) -> Any:
+    def refusing(ctx: Any, *grads: Tensor | None) -> Any:
         if torch.is_grad_enabled():
             _refuse(f"the backward of {name}")
         return backward(ctx, *grads)
 
-    checked = twice_differentiable(refusing)
-    checked.differentiable = False
-    return checked
+    return _marked(twice_differentiable(refusing), False)
 
 
 def replayed(replay: Backward) -> Callable[[Backward], Backward]:
@@ -63,15 +60,14 @@ def replayed(replay: Backward) -> Callable[[Backward], Backward]:
         once = once_differentiable(backward)
 
         @wraps(backward)
-        def checked(ctx: FunctionCtx, *grads: Tensor | None) -> Any:
+        def checked(ctx: Any, *grads: Tensor | None) -> Any:
             if torch.is_grad_enabled() and any(grad is not None for grad in grads):
                 results = replay(ctx, *grads)
                 if results is not NotImplemented:
                     return results
             return once(ctx, *grads)
 
-        checked.differentiable = True
-        return checked
+        return _marked(checked, True)
 
     return mark
 
@@ -81,14 +77,13 @@ def twice_differentiable(backward: Backward) -> Backward:
     name = _name(backward)
 
     @wraps(backward)
-    def checked(ctx: FunctionCtx, *grads: Tensor | None) -> Any:
+    def checked(ctx: Any, *grads: Tensor | None) -> Any:
         if all(grad is None for grad in grads):
             return _nothing(ctx)
         _refuse_batches(name, grads)
         return backward(ctx, *grads)
 
-    checked.differentiable = True
-    return checked
+    return _marked(checked, True)
 
 
 def saved_parts(x: Tensor, packed: Packed) -> tuple[Tensor, ...]:
@@ -126,7 +121,7 @@ def restored(
         return layout.unpack(parts, dtype)
 
 
-def is_wanted(ctx: FunctionCtx, index: int) -> bool:
+def is_wanted(ctx: Any, index: int) -> bool:
     """Whether this run of autograd needs the gradient of the input at place `index` among those that are tensors.
 
     `ctx.needs_input_grad` says so of any run. A gradient penalty asks for the input's gradient, and not the weights'.
@@ -164,9 +159,14 @@ def _refuse(what: str) -> NoReturn:
     )
 
 
-def _nothing(ctx: FunctionCtx) -> tuple[None, ...]:
+def _nothing(ctx: Any) -> tuple[None, ...]:
     """No gradient comes from no gradient; zeros would make optimizers move."""
     return (None,) * len(ctx.needs_input_grad)
+
+
+def _marked(backward: Any, differentiable: bool) -> Backward:
+    backward.differentiable = differentiable
+    return backward
 
 
 def _name(backward: Backward) -> str:

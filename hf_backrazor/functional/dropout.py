@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from ..kernels.bernoulli import bernoulli_
 from ..packing import Packed, pack_bits, unpack_bits
@@ -33,7 +34,7 @@ def dropout(x: Tensor, p: float, inplace: bool = False) -> Tensor:
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, p: float, inplace: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, p: float, inplace: bool) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         if x.device.type == "cpu":
             # The steps of the dense operator there; `native_dropout` rounds differently for some p.
@@ -52,7 +53,7 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     @twice_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor, _bits: None) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor, _bits: None) -> tuple[Tensor | None, None, None]:
         (bits,) = ctx.saved_tensors
         mask = unpack_bits(bits, grad_output.numel()).view(grad_output.shape)
         return (grad_output * mask).mul_(1 / ctx.keep_probability), None, None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from .differentiation import twice_differentiable
 from .precision import current_autocast
@@ -26,7 +26,7 @@ def frozen_linear(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def forward(ctx: Any, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.function, ctx.shape, ctx.dtype, ctx.device = function, x.shape, x.dtype, x.device
         ctx.autocast = current_autocast(x.device.type)
@@ -34,7 +34,7 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     @twice_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor]:
         again = torch.is_grad_enabled()
         with torch.enable_grad(), ctx.autocast:
             x = torch.zeros(ctx.shape, dtype=ctx.dtype, device=ctx.device, requires_grad=True)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
-from torch.autograd.function import FunctionCtx
 
 from ..packing import Packed, PackSpec, pack, sparse_layout
 from .differentiation import replayed, replayed_gradients, restored, saved_parts
@@ -54,7 +53,7 @@ def group_norm(
     return y
 
 
-def _replay(ctx: FunctionCtx, grad_output: Tensor, *_parts: None) -> Any:
+def _replay(ctx: Any, grad_output: Tensor, *_parts: None) -> Any:
     if not ctx.from_input:
         return NotImplemented
     weight, _, _, *parts = ctx.saved_tensors
@@ -73,7 +72,7 @@ def _replay(ctx: FunctionCtx, grad_output: Tensor, *_parts: None) -> Any:
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         groups: int,
         weight: Tensor | None,
@@ -84,10 +83,11 @@ class _GroupNorm(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         batch, channels = x.shape[:2]
-        ctx.sizes, ctx.eps = (batch, channels, prod(x.shape[2:]), groups), eps
+        sizes = (batch, channels, prod(x.shape[2:]), groups)
+        ctx.sizes, ctx.eps = sizes, eps
         # As torch lays it out: sums in another order would differ in their last bits.
         plain = x.contiguous(memory_format=suggest_memory_format(x))
-        y, mean, rstd = torch.native_group_norm(plain, weight, bias, *ctx.sizes, eps)
+        y, mean, rstd = torch.native_group_norm(plain, weight, bias, *sizes, eps)
         mean, rstd = mean.to(accumulate_dtype(x)), rstd.to(accumulate_dtype(x))
         ctx.from_input, ctx.input_dtype = packed_input is not None, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -105,7 +105,7 @@ class _GroupNorm(torch.autograd.Function):
 
     @staticmethod
     @replayed(_replay)
-    def backward(ctx: FunctionCtx, grad_output: Tensor, *_parts: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor, *_parts: None) -> tuple[Tensor | None, ...]:
         weight, rstd, *parts = ctx.saved_tensors
         batch, _, _, groups = ctx.sizes
         of_groups = (batch, groups, -1)

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.autograd.function import FunctionCtx
 
 from ..shapes_only import turns
 from .differentiation import once_differentiable
@@ -88,7 +87,7 @@ def interpolated_cross_entropy(
 class _InterpolatedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         logits: Tensor,
         labels: Tensor,
         counted: Tensor,
@@ -109,7 +108,7 @@ class _InterpolatedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return (grad * grad_output).to(grad.dtype), *(None,) * 6
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
-from torch.autograd.function import FunctionCtx
 
 from ..packing import Layout, Packed, PackSpec, fast_with_integers, weight_gradient
 from .differentiation import is_wanted, restored, saved_parts, twice_differentiable
@@ -51,7 +51,7 @@ def linear(
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -67,6 +67,7 @@ class _Linear(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(weight, *(() if packed is None else saved_parts(x, packed)))
         if transposed:
+            assert bias is not None
             y = torch.addmm(bias, x.view(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[-1])
         else:
             y = F.linear(x, weight, bias)
@@ -74,7 +75,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @twice_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         weight, *parts = ctx.saved_tensors
         grad_input = grad_weight = grad_bias = grad_sum = None
         grad_rows = grad_output.reshape(-1, grad_output.shape[-1])
@@ -144,4 +145,5 @@ def _grad_weight(
             total.addmm_(left, right)
         else:
             total += left @ right
+    assert total is not None
     return total

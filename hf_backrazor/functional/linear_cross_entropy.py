@@ -7,11 +7,11 @@ logsumexp(z) - (1 - e) z_t - e mean(z), and its gradient by z is softmax(z) - (1
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from ..compat import is_traced
 from ..shapes_only import turns
@@ -69,7 +69,7 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -101,7 +101,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, logsumexp, counted = ctx.saved_tensors
         hidden = once_more(hidden) if is_traced() else hidden
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
@@ -130,21 +130,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad = grad.to(z.dtype)
             if ctx.elementwise is not None:
                 (grad,) = torch.autograd.grad(z, logits, grad)
-            if needs_hidden:
+            if grad_hidden is not None:
                 grad_hidden[tokens] += grad @ weight[classes].to(grad.dtype)
-            if needs_weight:
+            if grad_weight is not None:
                 part = grad.t() @ hidden[tokens].to(grad.dtype)
                 # The tiles of the first tokens come first.
                 if tokens.start == 0:
                     grad_weight[classes] = part
                 else:
                     grad_weight[classes] += part
-            if needs_bias:
+            if grad_bias is not None:
                 grad_bias[classes] += grad.sum(0)
         return (
-            grad_hidden.to(hidden.dtype) if needs_hidden else None,
+            None if grad_hidden is None else grad_hidden.to(hidden.dtype),
             grad_weight,
-            grad_bias.to(bias.dtype) if needs_bias else None,
+            None if grad_bias is None else grad_bias.to(bias.dtype),
             *(None,) * 4,
         )
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from ..shapes_only import turns
 from .differentiation import once_differentiable
@@ -37,7 +39,7 @@ def linear_gather(hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Te
 class _LinearGather(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, dtype: torch.dtype
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, dtype: torch.dtype
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.dtype, ctx.bias_dtype = dtype, None if bias is None else bias.dtype
@@ -52,7 +54,7 @@ class _LinearGather(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, index = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dtype = accumulate_dtype(hidden)
@@ -62,10 +64,10 @@ class _LinearGather(torch.autograd.Function):
         grad_bias = None
         for tokens in _chunks(hidden, index):
             part, chosen = grad[tokens], index[tokens]
-            if needs_hidden:
+            if grad_hidden is not None:
                 rows = weight[chosen].to(ctx.dtype).to(dtype)
                 grad_hidden[tokens] = torch.einsum("tc,tcf->tf", part, rows).to(hidden.dtype)
-            if needs_weight:
+            if grad_weight is not None:
                 outer = part.unsqueeze(-1) * hidden[tokens].to(ctx.dtype).to(dtype).unsqueeze(1)
                 grad_weight.index_add_(0, chosen.reshape(-1), outer.flatten(0, 1))
         if needs_bias:
@@ -74,7 +76,7 @@ class _LinearGather(torch.autograd.Function):
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), grad_bias, None, None
 
 
-def _chunks(hidden: Tensor, index: Tensor) -> list[slice]:
+def _chunks(hidden: Tensor, index: Tensor) -> Sequence[slice]:
     """Slices of tokens that together cover all; in an estimate, the first ones (see `turns`)."""
     tokens, chosen = index.shape
     high = max(1, CHUNK_NUMEL // max(1, chosen * hidden.shape[1]))

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from ..packing import Packed, PackSpec, norm_gradients, pack, packed_norm_gradients, sparse_layout
 from .differentiation import replayed, replayed_gradients, restored, saved_parts
@@ -88,7 +87,7 @@ def rms_norm(
     return y
 
 
-def _replay_layer_norm(ctx: FunctionCtx, grad_output: Tensor, *_parts: None) -> Any:
+def _replay_layer_norm(ctx: Any, grad_output: Tensor, *_parts: None) -> Any:
     if not ctx.from_input:
         return NotImplemented
     weight, _, _, *parts = ctx.saved_tensors
@@ -103,7 +102,7 @@ def _replay_layer_norm(ctx: FunctionCtx, grad_output: Tensor, *_parts: None) -> 
     return *replayed_gradients(plain, (x, weight), grad_output), grad_bias, None, None, None, None
 
 
-def _replay_rms_norm(ctx: FunctionCtx, grad_output: Tensor, *_parts: None) -> Any:
+def _replay_rms_norm(ctx: Any, grad_output: Tensor, *_parts: None) -> Any:
     if not ctx.from_input:
         return NotImplemented
     weight, _, *parts = ctx.saved_tensors
@@ -121,7 +120,7 @@ def _replay_rms_norm(ctx: FunctionCtx, grad_output: Tensor, *_parts: None) -> An
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -153,7 +152,7 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     @replayed(_replay_layer_norm)
-    def backward(ctx: FunctionCtx, grad_output: Tensor, *_parts: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor, *_parts: None) -> tuple[Tensor | None, ...]:
         weight, rstd, *parts = ctx.saved_tensors
         size = prod(ctx.normalized_shape)
         grad_rows, rstd = grad_output.to(rstd.dtype).reshape(-1, size), rstd.view(-1, 1)
@@ -164,17 +163,16 @@ class _LayerNorm(torch.autograd.Function):
             grads = norm_gradients(grad_rows, x_hat, rstd, gamma, centred=True)
         else:
             grads = packed_norm_gradients(grad_rows, ctx.layout, parts, rstd, gamma, centred=True)
-        grad_input, grad_weight, grad_bias = grads
-        grad_input = grad_input.reshape(grad_output.shape).to(ctx.input_dtype)
-        grad_weight = grad_weight.view(weight.shape).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        grad_bias = grad_bias.view(ctx.normalized_shape).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+        grad_input = grads[0].reshape(grad_output.shape).to(ctx.input_dtype)
+        grad_weight = grads[1].view(weight.shape).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        grad_bias = grads[2].view(ctx.normalized_shape).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         return grad_input, grad_weight, grad_bias, None, None, None, None
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         weight: Tensor | None,
         eps: float | None,
@@ -202,7 +200,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @replayed(_replay_rms_norm)
-    def backward(ctx: FunctionCtx, grad_output: Tensor, *_parts: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor, *_parts: None) -> tuple[Tensor | None, ...]:
         weight, rstd, *parts = ctx.saved_tensors
         size = grad_output.shape[-1]
         grad_rows, rstd = grad_output.to(rstd.dtype).reshape(-1, size), rstd.view(-1, 1)

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from ..packing.bits import pack_codes, unpack_codes
 from .differentiation import twice_differentiable
@@ -61,7 +60,7 @@ def max_pool2d(x: Tensor, window: Window) -> Tensor:
 
 class _MaxPool2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, window: Window) -> Tensor:
+    def forward(ctx: Any, x: Tensor, window: Window) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.window, ctx.input_shape = window, x.shape
         y, index = torch.ops.aten.max_pool2d_with_indices(
@@ -81,7 +80,7 @@ class _MaxPool2d(torch.autograd.Function):
 
     @staticmethod
     @twice_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         (stored,) = ctx.saved_tensors
         window: Window = ctx.window
         numel = ctx.pooled_shape.numel()
@@ -104,7 +103,7 @@ class _MaxPool2d(torch.autograd.Function):
 
 def _origins(window: Window, pooled: Tensor) -> tuple[Tensor, Tensor]:
     """Row and column at which each window begins, which may lie in the padding: `(height, 1)` and `(width,)`."""
-    on = {"device": pooled.device, "dtype": pooled.dtype}
+    on: dict[str, Any] = {"device": pooled.device, "dtype": pooled.dtype}
     rows = torch.arange(pooled.shape[-2], **on) * window.stride[0] - window.padding[0]
     columns = torch.arange(pooled.shape[-1], **on) * window.stride[1] - window.padding[1]
     return rows.unsqueeze(-1), columns
@@ -177,7 +176,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         function: Callable[..., Tensor],
         gradient: Callable[..., Tensor],
@@ -189,12 +188,12 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @twice_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         shape = _shape_alone(grad_output, ctx.input_shape)
         return ctx.gradient(grad_output, shape, *ctx.arguments), None, None, None
 
 
-def _pair(value: int | Sequence[int] | None) -> tuple[int, ...]:
+def _pair(value: int | Sequence[int] | None) -> tuple[int, int] | Any:
     """A number for height and one for width, where one may stand for both; nothing for none."""
     if value is None or isinstance(value, int):
         return () if value is None else (value, value)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from ..packing import Layout, Packed, PackSpec
 from .differentiation import is_wanted, restored, saved_parts, twice_differentiable
@@ -31,7 +32,7 @@ def product(x: Tensor, y: Tensor, spec: PackSpec) -> Tensor:
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, y: Tensor, left: Packed, right: Packed) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, left: Packed, right: Packed) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.left, ctx.right, ctx.left_parts = left.layout, right.layout, len(left.parts)
         ctx.save_for_backward(*saved_parts(x, left), *saved_parts(y, right))
@@ -39,7 +40,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @twice_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: checkpointing unpacks each of them a single time
         left, right = saved[: ctx.left_parts], saved[ctx.left_parts :]
         needs_x, needs_y = ctx.needs_input_grad[:2]

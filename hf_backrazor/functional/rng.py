@@ -56,7 +56,7 @@ class HostRandomState:
 
     def __init__(self) -> None:
         self._python = random.getstate()
-        self._numpy: tuple[Any, ...] = np.random.get_state()
+        self._numpy: Any = np.random.get_state()
 
     def restore(self) -> None:
         """Go back there."""

@@ -6,9 +6,10 @@ of feature maps, weights of experts' tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from ..packing import Packed, PackSpec
 from .differentiation import is_wanted, restored, saved_parts, twice_differentiable
@@ -33,7 +34,7 @@ def scaling(x: Tensor, scale: Tensor, spec: PackSpec) -> Tensor:
 
 class _Scaling(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor, packed: Packed, row_dims: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, packed: Packed, row_dims: int) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.layout, ctx.input_dtype, ctx.row_dims = packed.layout, x.dtype, row_dims
         ctx.save_for_backward(scale, *saved_parts(x, packed))
@@ -41,7 +42,7 @@ class _Scaling(torch.autograd.Function):
 
     @staticmethod
     @twice_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         scale, *parts = ctx.saved_tensors
         grad_x = grad_scale = None
         if ctx.needs_input_grad[0]:

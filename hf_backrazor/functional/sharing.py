@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from ..packing import Packed, PackSpec, SparseLayout, pack, sparse_layout
+from ..packing import Layout, Packed, PackSpec, SparseLayout, pack, sparse_layout
 from .layouts import ChannelAffineLayout, ColumnAffineLayout, CorrectedLayout
 from .notes import Note
 
@@ -135,7 +136,7 @@ def pack_shared(x: Tensor, spec: PackSpec, dtype: torch.dtype | None = None, der
     base = _same_rows(x)
     if base is not None and _shares_with_views(base, x.shape, spec, dtype):
         packed = pack_shared(base, spec, dtype, derived)
-        return Packed(packed.layout.reshaped(x.shape), packed.parts)
+        return Packed(cast(Layout, packed.layout.reshaped(x.shape)), packed.parts)
     if spec.bits and entry.cast_from is not None:
         source, version = entry.cast_from
         if source._version == version:
@@ -175,5 +176,5 @@ def _correct(origin: Packed, x: Tensor, spec: PackSpec) -> Packed:
     if not origin.layout.coarse:
         return origin
     exact = pack(x, replace(spec, bits=0, rotated=False))
-    layout = CorrectedLayout(origin.layout, len(origin.parts), exact.layout)
+    layout = CorrectedLayout(origin.layout, len(origin.parts), cast(SparseLayout, exact.layout))
     return Packed(layout, origin.parts + exact.parts)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
+from typing import Any, cast
 from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
-from ..packing import Packed, PackSpec, pack
+from ..packing import Packed, PackSpec, SparseLayout, pack
 from .differentiation import once_differentiable
 
 
@@ -73,7 +73,7 @@ class Stream:
         stored = StoredInput(len(self._inputs), packed)
         if self._sum is None:
             self._sum = torch.zeros(self.shape, dtype=self._wide, device=self.device)
-        packed.layout.add_to(packed.parts, self._sum, 1)
+        cast(SparseLayout, packed.layout).add_to(packed.parts, self._sum, 1)
         self._summed.append(stored)
         self._inputs.append(ref(stored))
         return stored
@@ -116,7 +116,7 @@ class Stream:
 
     def _add(self, stored: StoredInput, sign: int) -> None:
         if self._sum is not None:
-            stored.layout.add_to(stored.parts, self._sum, sign)
+            cast(SparseLayout, stored.layout).add_to(stored.parts, self._sum, sign)
 
 
 class StoredInput:
@@ -150,11 +150,11 @@ class _Save(torch.autograd.Function):
     """Saves tensors as autograd does, so that saved-tensor hooks see them; it has no part in a backward."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, anchor: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
         return anchor.detach()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, ...]:
         return (None,) * len(ctx.needs_input_grad)

@@ -96,7 +96,7 @@ _operators = torch.library.Library("hf_backrazor", "DEF")
 
 
 @cache
-def load() -> ctypes.CDLL | None:
+def load() -> ctypes.CDLL | Any:  # who calls its functions knows that it is there
     """The library, or None: it was not built, cannot be loaded, or is switched off by `HF_BACKRAZOR_NATIVE=0`."""
     if os.environ.get(DISABLE) == "0":
         return None

@@ -208,6 +208,7 @@ def pack(
     if (layout := set_strides(x, n)) is None:
         x = x.contiguous()
         layout = set_strides(x, n)
+        assert layout is not None
     sizes, strides = layout
     mean, rstd, centre = (None if t is None else t.contiguous() for t in (mean, rstd, centre))
     table, positive = float_array(tuple(thresholds)), float_array(tuple(levels))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import activations as hf
@@ -30,7 +31,7 @@ from .base import RazorModule, activation_bits, gate_spec, stand_in
 
 # Class -> what is known of its derivative (or how to find that for an instance). None: autograd finds it from the
 # input, kept in half precision.
-RULES: dict[type[nn.Module], ActivationRule | Callable[[nn.Module], ActivationRule] | None] = {
+RULES: dict[type[nn.Module], ActivationRule | Callable[[Any], ActivationRule] | None] = {
     hf.GELUActivation: GELU,
     hf.GELUTanh: GELU_TANH,
     hf.NewGELUActivation: GELU_TANH,
@@ -77,6 +78,7 @@ class RazorActivation(RazorModule):
     def install(cls, module: nn.Module, config: RazorConfig) -> None:
         """See `RazorModule.install`."""
         super().install(module, config)
+        assert isinstance(module, cls)
         if module.rule is not None and config.activation_bits <= 8:
             # Now, and not in the first forward: that may be traced, or run on fake tensors.
             cell_tables(module.rule, config.activation_bits)

@@ -30,7 +30,8 @@ class RazorAdapter(RazorModule):
 
     def _cast_input_dtype(self, x: Any, dtype: torch.dtype) -> Any:
         """As PEFT's."""
-        y = super()._cast_input_dtype(x, dtype)
+        plain: Any = super()
+        y = plain._cast_input_dtype(x, dtype)
         if isinstance(x, Tensor) and y is not x and self.razor_active(x):
             note_cast(y, x)
         return y

@@ -103,7 +103,7 @@ class State:
         # `torch.func.functional_call` may have put others in their place. Accelerate's hooks bring offloaded ones, and
         # take them away.
         inside = [inner for inner in module.modules() if "_hf_hook" not in inner.__dict__]
-        held = [each for inner in inside for each in (inner._parameters, inner._buffers)]
+        held: list[dict[str, Any]] = [each for inner in inside for each in (inner._parameters, inner._buffers)]
         self._tensors = [(tensors, dict(tensors)) for tensors in held if tensors]
         if changes is None:
             buffers = (name for name, _ in module.named_buffers())
@@ -172,7 +172,7 @@ class State:
         """Containers and what they hold, each once: several attributes may be one object."""
         return list({id(pair[0]): pair for pairs in self._contents.values() for pair in pairs}.values())
 
-    def _swap_buffer(self, name: str, value: Tensor) -> Tensor:
+    def _swap_buffer(self, name: str, value: Tensor | None) -> Tensor | None:
         path, _, last = name.rpartition(".")
         owner = self._module.get_submodule(path)
         before, owner._buffers[last] = owner._buffers[last], value
@@ -189,9 +189,7 @@ class State:
 _ABSENT = object()
 
 
-def _swap_tensors(
-    owned: dict[str, Tensor | None], held: dict[str, Tensor | None]
-) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
+def _swap_tensors(owned: dict[str, Any], held: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Put tensors in the place of others; returns where, with those that were there."""
     before = {name: owned[name] for name, x in held.items() if name in owned and owned[name] is not x}
     owned.update({name: held[name] for name in before})

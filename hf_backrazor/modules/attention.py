@@ -12,8 +12,8 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, partial
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from ..compat import traceable
 from ..config import RazorConfig
+from ..extension import class_cache
 from ..functional import recomputed_attention, sparse_attention
 from ..packing import PackSpec, pack_spec
 from .base import RazorModule, describe, forward_source, input_spec, stand_in
@@ -74,6 +75,7 @@ class RazorAttention(RazorModule):
     def install(cls, module: nn.Module, config: RazorConfig) -> None:
         """See `RazorModule.install`."""
         super().install(module, config)
+        assert isinstance(module, cls)
         module.razor_scores = Scores()
 
     @property
@@ -167,7 +169,8 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, ...]:
     """The output; and weights, if there are any."""
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, _eager_function(module.plain_class))
+    default = cast(Callable, _eager_function(module.plain_class))
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, default)
     if not module.razor_active(query, key, value) or not module.worth_packing(query):
         output, weights = function(module, query, key, value, attention_mask, **kwargs)
         return (output,) if weights is None else (output, weights)
@@ -242,7 +245,7 @@ def _attend(
 
 
 def _sparse(
-    module: nn.Module,
+    module: RazorAttention,
     function: Callable,
     query: Tensor,
     key: Tensor,
@@ -321,21 +324,21 @@ def _qkv_spec(config: RazorConfig) -> PackSpec:
     return pack_spec(sparsity, "row", config.qkv_bits, config.value_dtype, levels="even", centred=True, rotated=rotated)
 
 
-@cache
+@class_cache
 def _eager_function(cls: type[nn.Module]) -> Callable | None:
     """The function that the class's forward gives `AttentionInterface` as default; None if it does not use that."""
     found = _LOOKUP.search(forward_source(cls))
     return inspect.unwrap(cls.forward).__globals__.get(found.group(1)) if found else None
 
 
-@cache
+@class_cache
 def _branches(cls: type[nn.Module]) -> bool:
     """Whether the class's forward does something else, too, by the name of its attention function."""
     source = _HARMLESS.sub("", _LOOKUP.sub("", forward_source(cls)))
     return "_attn_implementation" in source or "is_flash_attention_requested" in source
 
 
-@cache
+@class_cache
 def _computes_scores(cls: type[nn.Module]) -> bool:
     """Whether the class's own forward computes attention probabilities."""
     source = forward_source(cls)

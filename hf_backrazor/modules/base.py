@@ -7,8 +7,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +15,12 @@ from transformers.utils import logging
 
 from ..compat import in_checkpoint, in_functorch_transform, no_frame_of_its_own, traceable
 from ..config import RazorConfig
-from ..extension import Extension, extend
+from ..extension import Extension, class_cache, extend
 from ..functional.sharing import origin_of
 from ..packing import PackSpec, pack_spec
 from .again import argument_names
 from .own_calls import without_own_calls
 from .probe import is_dense, operator_running
-
-if TYPE_CHECKING:
-    _Module = nn.Module
-else:
-    _Module = object
 
 logger = logging.get_logger(__name__)
 
@@ -34,7 +28,7 @@ logger = logging.get_logger(__name__)
 POOLED_NUMEL = 2**18
 
 
-class RazorModule(Extension, _Module):
+class RazorModule(Extension):
     """A module whose class was extended in place so that it saves packed activations.
 
     Attributes:
@@ -64,6 +58,7 @@ class RazorModule(Extension, _Module):
     def install(cls, module: nn.Module, config: RazorConfig) -> None:
         """Extend `module` by this class."""
         extend(module, cls)
+        assert isinstance(module, cls)
         module.razor_config = config
         module.razor_enabled = True
 
@@ -166,7 +161,7 @@ class RazorModule(Extension, _Module):
         return ", ".join(text for text in (super().extra_repr(), self.razor_repr()) if text)
 
 
-def stand_in(module: RazorModule, parameters: Mapping[str, Tensor]) -> nn.Module:
+def stand_in(module: RazorModule, parameters: Mapping[str, Tensor | None]) -> nn.Module:
     """A plain module in training with the attributes of `module`, and these tensors for its own parameters.
 
     What a backward computes again is to read the tensors that autograd saved: the module may hold others by then, as
@@ -258,7 +253,7 @@ def _spec(config: RazorConfig, bits: int, row_dims: int = 1, multiplied: bool = 
     return pack_spec(config.sparsity, config.granularity, bits, config.value_dtype, row_dims=row_dims, rotated=rotated)
 
 
-@cache
+@class_cache
 def forward_source(cls: type[nn.Module]) -> str:
     """Source of the class's forward; empty where there is none to read."""
     try:
@@ -267,7 +262,7 @@ def forward_source(cls: type[nn.Module]) -> str:
         return ""
 
 
-@cache
+@class_cache
 def class_source(cls: type[nn.Module]) -> str:
     """Source of the class; empty where there is none to read."""
     try:

@@ -60,8 +60,8 @@ class Stack:
         """
         stream, last = getattr(self._current, "stream", None), getattr(self._current, "index", None)
         stream = stream() if stream is not None and last == index - 1 else None
-        same = stream is not None and (stream.shape, stream.dtype) == (x.shape, x.dtype)
-        return stream if same and stream.device == x.device else None
+        like = (x.shape, x.dtype, x.device)
+        return stream if stream is not None and (stream.shape, stream.dtype, stream.device) == like else None
 
     def continue_with(self, stream: Stream, index: int) -> None:
         """Note that the block at `index` was stored in `stream`; no other stream of this thread goes on."""
@@ -107,6 +107,7 @@ class RazorBlock(RazorModule):
         # Put there by Accelerate, which moves inputs and weights to where they belong: part of what is computed again.
         hooked = module.__dict__.pop("forward", None)
         super().install(module, config)
+        assert isinstance(module, cls)
         module.razor_instance_forward = hooked
         if hooked is not None and "_old_forward" in module.__dict__:
             module._old_forward = MethodType(module.plain_class.forward, module)
@@ -138,7 +139,7 @@ class RazorBlock(RazorModule):
         """The plain forward's result; of what it saves, only its arguments are kept."""
         plain = self.razor_instance_forward or plain
         names = argument_names(self.plain_class.forward)
-        x = args[0] if args else kwargs.get(names[0]) if names else None
+        x: Any = args[0] if args else kwargs.get(names[0]) if names else None
         if not self._recomputes(x, (*args, *kwargs.values())):
             return plain(*args, **kwargs)
         # Estimates ask for a cache by themselves.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +99,7 @@ def _convolution(dimensions: int) -> Callable:
         weight: Tensor,
         bias: Tensor | None = None,
         stride: int | Sequence[int] = 1,
-        padding: int | str | Sequence[int] = 0,
+        padding: int | Literal["same", "valid"] | Sequence[int] = 0,
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
     ) -> Any:
@@ -223,8 +223,8 @@ def _interpolate(
     antialias: bool = False,
 ) -> Any:
     """The logits of a model that resizes them before its loss: not before they are needed."""
-    wanted = resizes_logits(module) and size is not None and mode in MODES and not antialias
-    if not wanted or not _saves(module, input) or input.dim() != 4:
+    wanted = resizes_logits(module) and mode in MODES and not antialias
+    if not wanted or size is None or not _saves(module, input) or input.dim() != 4:
         return NotImplemented
     height, width = (size, size) if isinstance(size, int) else size
     if height * width <= input.shape[2:].numel():  # the gradient of the logits would be no smaller

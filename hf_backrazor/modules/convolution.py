@@ -43,8 +43,8 @@ class RazorConvolution(RazorModule):
             return convolution_same(input, weight, bias, self.stride, self.dilation, self.groups, spec)
         moves = (self.stride, self.padding, self.dilation, self.groups)
         if not self.transposed:
-            forward = partial(self._conv_forward, weight=weight, bias=bias)
-            return convolution(input, weight, bias, Geometry.of(weight, *moves), forward, spec)
+            plain = partial(self._conv_forward, weight=weight, bias=bias)
+            return convolution(input, weight, bias, Geometry.of(weight, *moves), plain, spec)
         output_padding = self._output_padding(
             input, output_size, self.stride, self.padding, self.kernel_size, spatial, self.dilation
         )

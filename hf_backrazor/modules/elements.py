@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -19,16 +20,16 @@ class Computation:
     """A tensor as a function of others, for subclasses to say which; nothing is computed before it is asked for.
 
     Args:
-        inputs: what the tensor depends on; None where the function takes that.
+        inputs: tensors that the tensor depends on; None where the function takes that.
         name: what is computed, for errors and notices.
     """
 
-    def __init__(self, inputs: tuple[Tensor | None, ...], name: str) -> None:
+    def __init__(self, inputs: tuple[Any, ...], name: str) -> None:
         self.inputs, self.name = inputs, name
         self._versions = self._current_versions()
         self._fingerprints = self._current_fingerprints()
 
-    def forward(self, *inputs: Tensor | None) -> Tensor:
+    def forward(self, *inputs: Any) -> Tensor:
         """The tensor, for detached `inputs`; runs below autograd."""
         raise NotImplementedError
 
@@ -122,6 +123,7 @@ class Elements:
     def get(self, asked_by: str) -> Tensor:
         """A dense tensor without a graph, always the same."""
         if self._values is None:
+            assert self._make is not None
             self._values = self._make(asked_by)
             self._make = None
         return self._values

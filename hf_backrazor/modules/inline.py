@@ -135,7 +135,7 @@ def _multiplies(module: nn.Module) -> bool:
     return bool(_activations(module))
 
 
-def _activations(module: nn.Module) -> list[nn.Module]:
+def _activations(module: nn.Module) -> list[Any]:
     """The activation functions of a module, or of a sequence in it."""
     inner = [part for child in module.children() if isinstance(child, nn.Sequential) for part in child]
     within = (*module.children(), *inner)

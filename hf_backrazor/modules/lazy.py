@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +91,10 @@ class Description:
 
     steps: ClassVar[Mapping[Any, Callable[..., Any]]] = {}
     results: ClassVar[Mapping[Any, Callable[..., Any]]] = {}
-    computation: Computation
+    if TYPE_CHECKING:  # a field of some, a property of others
+
+        @property
+        def computation(self) -> Computation: ...
 
     def call_before_backward(self, hook: Callable[[Tensor], Any]) -> None:
         """Have results call `hook` before their backward: FSDP gathers weights there."""
@@ -109,10 +112,10 @@ class LazyTensor(Tensor):
     `shape`, `dtype` and all else that is not elements is there at once.
 
     Attributes:
-        description: what leads to results without elements, or None.
+        description: a `Description` that leads to results without elements, or None.
     """
 
-    description: Description | None
+    description: Any
     _elements: Elements
     # In what state of the tensor its description holds, and the tensor that it came from.
     _state: tuple[Any, int]
@@ -144,7 +147,7 @@ class LazyTensor(Tensor):
         return self
 
     @classmethod
-    def _wrap(cls, elements: Elements, like: Tensor, device: torch.device, offset: int = 0) -> LazyTensor:
+    def _wrap(cls, elements: Elements, like: Tensor, device: torch.device, offset: Any = 0) -> LazyTensor:
         self = torch.Tensor._make_wrapper_subclass(
             cls, like.shape, like.stride(), like.storage_offset() + offset, dtype=like.dtype, device=device
         )
@@ -233,7 +236,9 @@ class LazyTensor(Tensor):
         return _plainly(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares another signature than it calls
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[-1]
         if torch.Tag.inplace_view in func.tags:
@@ -330,10 +335,11 @@ def widened_dtype(x: Tensor, *args: Any, **kwargs: Any) -> torch.dtype | None:
     return dtype if dtype.is_floating_point and dtype.itemsize > x.dtype.itemsize else None
 
 
-_GRAD_FN = Tensor.grad_fn.__get__
-_LOOKS_AT_GRADIENT = frozenset((Tensor.register_hook, Tensor.retain_grad, Tensor.grad.__get__))
+_ATTRIBUTES: Any = Tensor  # type checkers take them for values
+_GRAD_FN = _ATTRIBUTES.grad_fn.__get__
+_LOOKS_AT_GRADIENT = frozenset((Tensor.register_hook, Tensor.retain_grad, _ATTRIBUTES.grad.__get__))
 _SAVES_ITS_RESULT = frozenset((torch.tanh, Tensor.tanh, F.log_softmax, torch.log_softmax, Tensor.log_softmax))
-_DATA = Tensor.data.__get__
+_DATA = _ATTRIBUTES.data.__get__
 _DETACHES = frozenset((Tensor.detach, torch.detach, _DATA))
 _READS_MEMORY = frozenset(
     function

@@ -16,7 +16,7 @@ class RazorLinear(RazorModule):
     """`nn.Linear`, and subclasses that leave its forward alone."""
 
     kind = "linear"
-    plain_type = nn.Linear
+    plain_type: type[nn.Module] = nn.Linear
     transposed = False
 
     @classmethod

@@ -102,9 +102,10 @@ class HeadComputation(Computation):
         super().__init__((hidden, weight, bias), f"the logits of the head with {weight.shape[0]} outputs")
         self._dtype = dtype
 
-    def forward(self, *inputs: Tensor | None) -> Tensor:
+    def forward(self, *inputs: Any) -> Tensor:
         """See `Computation.forward`."""
-        return F.linear(*(None if x is None else x.to(self._dtype) for x in inputs))
+        operands: Any = (None if x is None else x.to(self._dtype) for x in inputs)
+        return F.linear(*operands)
 
     def gradients(self, grad: Tensor, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
         """See `Computation.gradients`."""

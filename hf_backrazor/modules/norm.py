@@ -65,9 +65,11 @@ class RazorRMSNorm(RazorModule):
     @classmethod
     def install(cls, module: nn.Module, config: RazorConfig) -> None:
         """See `RazorModule.install`."""
-        offset, epsilon = _probe(module)
+        found = _probe(module)
         super().install(module, config)
-        module.razor_offset, module.razor_epsilon = offset, epsilon
+        assert isinstance(module, cls)
+        assert found is not None
+        module.razor_offset, module.razor_epsilon = found
 
     def forward(self, input: Tensor, *others: Any, **named: Any) -> Tensor:
         """As the plain module; saves x_hat or `input` packed. Further arguments (Mamba-2's gate) leave it dense."""

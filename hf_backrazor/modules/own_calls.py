@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from types import FrameType
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def without_own_calls() -> AbstractContextManager:
 
 def _runs_now(module: nn.Module) -> bool:
     """Whether `module` is the innermost one whose code is running, itself or in a function that it called."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         owner = frame.f_locals.get("self")
         if isinstance(owner, nn.Module):

@@ -16,7 +16,7 @@ class RazorZeroPad(RazorModule):
     @classmethod
     def handles(cls, module: nn.Module) -> bool:
         """See `RazorModule.handles`."""
-        return type(module).forward is nn.ZeroPad2d.forward and module.value == 0
+        return type(module).forward is nn.ZeroPad2d.forward and bool(module.value == 0)
 
     def forward(self, input: Tensor) -> Tensor:
         """As the plain module; lets the next convolution read what is saved before the padding."""

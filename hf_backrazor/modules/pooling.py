@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..functional import Averaging, Window, adaptive_average_pool2d, average_pool2d, max_pool2d
@@ -55,7 +57,8 @@ class RazorAveragePool2d(RazorModule):
         if not self.razor_active(input) or not self.worth_packing(input):
             return super().forward(input)
         if isinstance(self, nn.AdaptiveAvgPool2d):
-            return adaptive_average_pool2d(input, self.output_size)
+            # Declared to be None as well, which torch does not take.
+            return adaptive_average_pool2d(input, self.output_size)  # type: ignore[arg-type]
         averaging = Averaging.of(
             self.kernel_size,
             self.stride,
@@ -71,5 +74,6 @@ class RazorAveragePool2d(RazorModule):
         return "razor=nothing saved"
 
 
-def _window(module: nn.MaxPool2d) -> Window:
+def _window(module: Any) -> Window:
+    """Of an `nn.MaxPool2d`."""
     return Window.of(module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode)

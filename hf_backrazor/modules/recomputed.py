@@ -98,6 +98,7 @@ class RazorRecomputed(RazorModule):
     def install(cls, module: nn.Module, config: RazorConfig) -> None:
         """See `RazorModule.install`."""
         super().install(module, config)
+        assert isinstance(module, cls)
         module.razor_decision = Decision(_parametrized(module))
 
     @classmethod
@@ -228,11 +229,11 @@ def _look(
 
 
 def _parametrized(module: nn.Module) -> Parametrized:
-    inside = (inner.parametrizations for inner in module.modules() if "parametrizations" in inner._modules)
-    return [{name: len(each) for name, each in parametrizations.items()} for parametrizations in inside]
+    inside: Iterator[Any] = (inner for inner in module.modules() if "parametrizations" in inner._modules)
+    return [{name: len(each) for name, each in inner.parametrizations.items()} for inner in inside]
 
 
-def _parametrized_outside(module: nn.Module) -> bool:
+def _parametrized_outside(module: RazorRecomputed) -> bool:
     """Whether code around the module has parametrized it for as long as that runs, or keeps what that computes.
 
     PEFT's adapters of experts do. In backward the module would run without; what is around it can run again.
@@ -268,7 +269,7 @@ def _holds_stack(module: nn.Module) -> bool:
     return False
 
 
-def _is_composite(module: nn.Module) -> bool:
+def _is_composite(module: Any) -> bool:
     """Whether this is a layer with weights that is none of torch's, adapters aside."""
     module = module.get_base_layer() if RazorAdapter.handles(module) else module
     own = not type(module).__module__.startswith("torch.")

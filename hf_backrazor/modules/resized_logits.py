@@ -56,7 +56,7 @@ class ResizingComputation(Computation):
         super().__init__((logits,), f"the resized logits {(*logits.shape[:2], *resizing.size)}")
         self._resizing, self._dtype = resizing, dtype
 
-    def forward(self, *inputs: Tensor | None) -> Tensor:
+    def forward(self, *inputs: Any) -> Tensor:
         """See `Computation.forward`."""
         return resize(inputs[0].to(self._dtype), self._resizing)
 

@@ -8,7 +8,7 @@ one value for each cell of each division.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,14 +32,14 @@ def _on(constants: _Constants, device: torch.device) -> _Constants:
         # Real tensors, also where an estimate asks for them first.
         with torch.inference_mode(False), unset_fake_temporarily():
             given = {f.name: getattr(constants, f.name) for f in fields(constants) if f.init}
-            moved = {name: x.to(device) for name, x in given.items() if isinstance(x, Tensor)}
+            moved: dict[str, Any] = {name: x.to(device) for name, x in given.items() if isinstance(x, Tensor)}
             constants.copies[device] = replace(constants, copies=constants.copies, **moved)
     there = constants.copies[device]
     if not is_traced():
         return there
     # Nobody else may find these.
     given = {f.name: getattr(there, f.name) for f in fields(constants) if f.init}
-    traced = {name: traced_constant(x) for name, x in given.items() if isinstance(x, Tensor)}
+    traced: dict[str, Any] = {name: traced_constant(x) for name, x in given.items() if isinstance(x, Tensor)}
     return replace(there, copies={}, **traced)
 
 
@@ -130,7 +130,7 @@ def encode_cells(x: Tensor, cells: Cells) -> CellCodes:
         width = code_width(x.shape[1], cells.bits)
         return CellCodes(*native_cells.encode_cells(x, cells.bounds, cells.density, cells.starts, cells.bits, width))
     cell_of_step = None if cells.bits == 8 else cells.cell_of_step().view(-1)
-    slices = row_slices(*x.shape, x.device)
+    slices = row_slices(x.shape[0], x.shape[1], x.device)
     return CellCodes(*in_slices(lambda start, stop: _encode(x[start:stop], cells, cell_of_step), slices, x))
 
 

@@ -40,10 +40,10 @@ def fast_with_integers(grad: Tensor, n: int) -> bool:
 
 
 class Kept(NamedTuple):
-    """The elements of a matrix that are kept exactly: `(rows, k)` values, their index and its coding."""
+    """The elements of a matrix that are kept exactly: `(rows, k)` values, the index of their places and its coding."""
 
     values: Tensor
-    index: Tensor
+    places: Tensor
     coding: str
 
 
@@ -113,7 +113,7 @@ def _codes(fields: Tensor, member: Tensor | None, n: int, bits: int, table: Tens
     codes = look_up_by_row(fields, member, n, bits, table).contiguous()
     if kept is not None:
         zeros = torch.zeros(kept.values.shape, dtype=torch.int8, device=codes.device)
-        codes = scatter_kept(codes, kept.index, zeros, kept.coding)
+        codes = scatter_kept(codes, kept.places, zeros, kept.coding)
     return codes
 
 
@@ -178,7 +178,7 @@ def weight_gradient(
     out = by_column * scale.unsqueeze(-1)
     if x.kept is not None:
         zeros = torch.zeros(x.codes.shape, dtype=grad.dtype, device=grad.device)
-        out += grad.t() @ scatter_kept(zeros, x.kept.index, x.kept.values.to(grad.dtype), x.kept.coding)
+        out += grad.t() @ scatter_kept(zeros, x.kept.places, x.kept.values.to(grad.dtype), x.kept.coding)
     out = out if gamma is None else out.mul_(gamma)
     out = out if beta is None else out.addr_(grad_sum, beta)
     return (out.t().contiguous() if transposed else out), grad_sum
@@ -217,4 +217,4 @@ def _value_dtype(kept: Kept | None) -> torch.dtype:
 
 
 def _bytes(kept: Kept) -> Tensor:
-    return kept.index.view(torch.uint8)
+    return kept.places.view(torch.uint8)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from math import inf, prod
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,13 +33,22 @@ class Layout(ABC):
         dtype: of the dense tensor.
     """
 
-    shape: torch.Size
-    dtype: torch.dtype
+    if TYPE_CHECKING:  # fields of some layouts, properties of others
+
+        @property
+        def shape(self) -> torch.Size: ...
+        @property
+        def dtype(self) -> torch.dtype: ...
 
     @property
     @abstractmethod
     def sliceable(self) -> bool:
         """Whether some of the rows can be unpacked without the others."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether the tensor is kept as it is."""
+        return False
 
     @property
     def coarse(self) -> bool:

@@ -308,7 +308,7 @@ class SparseLayout(Layout):
             dense = base.contiguous()
         else:
             dense = torch.zeros(self.matrix, dtype=dtype, device=parts[0].device)
-        if values is not None:
+        if values is not None and index is not None:
             dense = scatter_kept(dense.view(self.sets, self.set_size), index, values, self.coding)
         return dense.view(self.matrix)
 

@@ -245,12 +245,13 @@ def finish_gradient(
 ) -> None:
     """See `kernels.gradient.finish_gradient`."""
     n, columns = product.shape if transposed else product.shape[::-1]
-    scale, grad, values, index, gamma, beta, grad_sum = (
-        None if t is None else t.contiguous() for t in (scale, grad, values, index, gamma, beta, grad_sum)
+    scale, grad = scale.contiguous(), grad.contiguous()
+    values, index, gamma, beta, grad_sum = (
+        None if t is None else t.contiguous() for t in (values, index, gamma, beta, grad_sum)
     )
     order = starts = value = None
     with torch.cuda.device_of(grad):
-        if k:
+        if values is not None and index is not None and k:
             order, starts, value = _kept_by_place(grad.shape[0], values, index, n, k, coding)
         finish_kernel[(triton.cdiv(n, 16), triton.cdiv(columns, 64))](
             product,
@@ -276,13 +277,13 @@ def _kept_by_place(
     rows: int, values: Tensor, index: Tensor, n: int, k: int, coding: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Kept elements in the order of their places, rows ascending within one; where each place's begin; all values."""
-    index, index_stride, ends, end_bytes = index_form(index, n, k, coding)
+    integers, index_stride, ends, end_bytes = index_form(index, n, k, coding)
     place = values.new_empty((rows, k), dtype=torch.int32)
     value = values.new_empty((rows, k), dtype=torch.float32)
     tile = tile_of(n)
     kept_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
         values,
-        index,
+        integers,
         place,
         value,
         rows,

@@ -114,8 +114,9 @@ def norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `kernels.norm.norm_backward`."""
     rows, n = grad.shape
-    grad, rstd, gamma, values, index, scale, fields = (
-        None if t is None else t.contiguous() for t in (grad, rstd, gamma, values, index, scale, fields)
+    grad, rstd = grad.contiguous(), rstd.contiguous()
+    gamma, values, index, scale, fields = (
+        None if t is None else t.contiguous() for t in (gamma, values, index, scale, fields)
     )
     index, index_stride, ends, end_bytes = index_form(index, n, k, coding)
     tile = tile_of(n)

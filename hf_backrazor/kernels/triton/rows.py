@@ -168,13 +168,14 @@ def pack(
 ) -> list[Tensor]:
     """See `kernels.rows.pack`."""
     parts = new_parts(x, n, k, index_bytes, bits, code_bytes, value_dtype)
-    values, index, scale, fields = parts
+    values, packed_index, scale, fields = parts
     if (layout := set_strides(x, n)) is None:
         x = x.contiguous()
         layout = set_strides(x, n)
+        assert layout is not None
     sizes, strides = layout
     mean, rstd, centre = (None if t is None else t.contiguous() for t in (mean, rstd, centre))
-    index, index_stride, ends, end_bytes = index_form(index, n, k, coding)
+    index, index_stride, ends, end_bytes = index_form(packed_index, n, k, coding)
     sets, tile = x.numel() // n, tile_of(n)
     with torch.cuda.device_of(x):
         pack_kernel[(triton.cdiv(sets, tile["ROWS"]),)](
