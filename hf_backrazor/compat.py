@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 from torch.nn.utils import parametrize
 from torch.torch_version import TorchVersion
+from torch.utils._pytree import tree_leaves
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -101,6 +102,8 @@ def traceable(function: _Function) -> _Function:
 
     @torch._dynamo.nonstrict_trace
     def recorded(module: nn.Module, state: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for size in (size for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) for size in x.shape):
+            int(size)  # which the compiler may take for variable: from here on it is that of this graph
         given = (None if isinstance(x, str) and x == _NONE else x for x in args)
         return function(module, *given, **kwargs)
 
@@ -111,3 +114,9 @@ def traceable(function: _Function) -> _Function:
         return recorded(module, state, graphable, {name: x for name, x in kwargs.items() if x is not None})
 
     return cast(_Function, call)
+
+
+@no_frame_of_its_own
+def compiles_what_is_called() -> bool:
+    """Whether the compiler looks at functions that are called now, as inside of `torch.compile`."""
+    return eval_frame.get_eval_frame_callback() not in (None, False)

@@ -11,13 +11,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from .compat import traceable
+from .compat import compiles_what_is_called, no_frame_of_its_own, traceable
 from .config import RazorConfig
 from .extension import Extension, can_extend, extend, restore
 from .model_card import TAG, write_section
+from .functional.rng import forked_rng
 from .modules import RazorLMHead, RazorModule, find_blocks, with_lazy_logits
+from .modules.again import State
+from .modules.lm_head import leaves_after_forward
+from .modules.probe import has_hooks_inside
 from .prepare import choose_operators, remove_operators, take_copies
 from .report import MemoryReport, measure_saved_bytes
 from .targets import unmatched_targets
@@ -38,28 +43,73 @@ class RazorModel(Extension):
 
     @classmethod
     def members(cls, extended: type[nn.Module]) -> dict[str, Any]:
-        """See `Extension.members`: the loss of a language model, where the compiler traces it."""
+        """See `Extension.members`: a language model's forward and loss, where the compiler traces them."""
         plain = getattr(extended, "loss_function", None)
         if not isinstance(plain, property):
             return {}
 
+        def head_of(model: Any) -> RazorLMHead | None:
+            if not (torch.compiler.is_dynamo_compiling() and model.training):
+                return None
+            head = model.get_output_embeddings()
+            return head if isinstance(head, RazorLMHead) else None
+
         @traceable
-        def loss(self: RazorModel, *args: Any, **kwargs: Any) -> Any:
+        def loss(self: Any, *args: Any, **kwargs: Any) -> Any:
             return with_lazy_logits(plain.fget(self), *args, **kwargs)
 
         def loss_function(self: RazorModel) -> Callable[..., Any]:
-            traced = torch.compiler.is_dynamo_compiling() and self.training
-            lazily = traced and isinstance(self.get_output_embeddings(), RazorLMHead)
-            return functools.partial(loss, self) if lazily else plain.fget(self)
+            return plain.fget(self) if head_of(self) is None else functools.partial(loss, self)
 
-        return {"loss_function": property(loss_function, plain.fset)}
+        @functools.wraps(extended.forward)
+        def forward(self: RazorModel, *args: Any, **kwargs: Any) -> Any:
+            output, head = extended.forward(self, *args, **kwargs), head_of(self)
+            return output if head is None else head.without_logits(output)
 
+        return {"loss_function": property(loss_function, plain.fset), "forward": forward}
+
+    # The compiler leaves this to Python, and begins with what is called here: logits are lazy tensors again after it.
+    @no_frame_of_its_own
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the plain model's; the first training forward is watched (see `watched_forward`)."""
-        if torch.compiler.is_compiling() or "_razor_unwatched" not in self.__dict__ or not is_first_forward(self):
+        if torch.compiler.is_dynamo_compiling():
             return super().__call__(*args, **kwargs)
+        if not (compiles_what_is_called() or self._compiled_call_impl is not None):
+            if "_razor_unwatched" not in self.__dict__ or not is_first_forward(self):
+                return super().__call__(*args, **kwargs)
+            del self._razor_unwatched
+            return watched_forward(self, super().__call__, *args, **kwargs)
+        self._look(super().__call__, args, kwargs)
+        head = self._head_in_training()
+        if head is None:
+            return super().__call__(*args, **kwargs)
+        head.razor_leaves_out = True
+        try:
+            output = super().__call__(*args, **kwargs)
+        finally:
+            head.razor_leaves_out = False
+        return head.with_logits(output)
+
+    @torch.compiler.disable
+    def _look(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a compiled model's first training forward, run it once without the compiler, and leave no trace.
+
+        What operators and warnings go by is seen in tensors that have values.
+        """
+        if "_razor_unwatched" not in self.__dict__ or not is_first_forward(self):
+            return
         del self._razor_unwatched
-        return watched_forward(self, super().__call__, *args, **kwargs)
+        if has_hooks_inside(self):
+            return
+        devices = {x.device for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        with State(self).restored(), forked_rng(devices), torch.compiler.set_stance("force_eager"):
+            watched_forward(self, forward, *args, **kwargs)
+
+    @torch.compiler.disable
+    def _head_in_training(self) -> RazorLMHead | None:
+        head = self.get_output_embeddings() if self.training and hasattr(self, "get_output_embeddings") else None
+        lazy = isinstance(head, RazorLMHead) and head.razor_enabled and not leaves_after_forward(head)
+        return head if lazy else None
 
     def razor_modules(self) -> Iterator[tuple[str, RazorModule]]:
         """Names and modules that save packed activations."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
+from ..compat import is_traced
 from ..packing import Layout, Packed, PackSpec, fast_with_integers, weight_gradient
 from .differentiation import is_wanted, restored, saved_parts, twice_differentiable
 from .layouts import ColumnAffineLayout
@@ -61,7 +62,8 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.layout = None if packed is None else packed.layout
-        ctx.integers = integers
+        # In a graph of the compiler, the seed of what is rounded at random would be a constant.
+        ctx.integers = integers and not is_traced()
         ctx.transposed = transposed
         ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
+from ..compat import is_traced
 from ..packing import pack_bits, unpack_bits
 from .notes import Note
 
@@ -87,6 +88,9 @@ def pack_mask(mask: Tensor) -> PackedMask:
 
 
 def _pack(mask: Tensor) -> PackedMask:
+    if is_traced():
+        # The graph is for masks of any values.
+        return _bits(mask) if mask.dtype == torch.bool else _whole(mask)
     if is_fake(mask) or mask.is_meta:
         # No values to read. What is estimated on such tensors is to be what is nearly always found on real ones.
         return _runs(mask)

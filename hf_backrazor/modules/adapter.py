@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compat import traceable
 from ..functional.sharing import note_cast
 from .base import RazorModule
 
@@ -31,11 +32,22 @@ class RazorAdapter(RazorModule):
     def _cast_input_dtype(self, x: Any, dtype: torch.dtype) -> Any:
         """As PEFT's."""
         plain: Any = super()
-        y = plain._cast_input_dtype(x, dtype)
-        if isinstance(x, Tensor) and y is not x and self.razor_active(x):
-            note_cast(y, x)
-        return y
+        if not isinstance(x, Tensor) or x.dtype == dtype:
+            return plain._cast_input_dtype(x, dtype)
+        if torch.compiler.is_dynamo_compiling():
+            return _cast_in_graph(self, plain._cast_input_dtype(x, dtype), x)
+        return _noted(self, plain._cast_input_dtype(x, dtype), x)
 
     def razor_repr(self) -> str:
         """See `RazorModule.razor_repr`."""
         return "razor=one copy for all casts of its input"
+
+
+def _noted(module: RazorAdapter, y: Tensor, x: Tensor) -> Tensor:
+    """`y`; and it is noted that it is a cast of `x`."""
+    if y is not x and module.razor_active(x):
+        note_cast(y, x)
+    return y
+
+
+_cast_in_graph = traceable(_noted)

@@ -34,6 +34,7 @@ class RazorModule(Extension):
     Attributes:
         kind: the kind of operator, as `memory_report` names it.
         runs_own_code: whether the forward is the plain class's own, which razor looks into.
+        is_traced: whether the compiler's graph may hold what an operator's forward does; else it breaks there.
         razor_config: the settings that hold for this module, overrides applied.
         razor_enabled: false makes the module behave as the plain one.
     """
@@ -41,6 +42,7 @@ class RazorModule(Extension):
     kind: ClassVar[str]
     name_prefix: ClassVar[str] = "Razor"
     runs_own_code: ClassVar[bool] = False
+    is_traced: ClassVar[bool] = True
     razor_config: RazorConfig
     razor_enabled: bool
 
@@ -69,7 +71,7 @@ class RazorModule(Extension):
             return {}
         theirs, ours = (argument_names(owner.forward) for owner in (extended, cls))
         renamed = {their: our for their, our in zip(theirs, ours, strict=False) if their != our}
-        recorded = traceable(cls.forward)
+        recorded = traceable(cls.forward) if cls.is_traced else torch.compiler.disable(cls.forward)
 
         @functools.wraps(extended.forward)
         def forward(self: RazorModule, *args: Any, **kwargs: Any) -> Any:

@@ -10,6 +10,7 @@ from types import MethodType
 from typing import Any
 from weakref import WeakSet, ref
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from transformers.utils import logging
@@ -128,6 +129,8 @@ class RazorBlock(RazorModule):
 
         @functools.wraps(extended.forward)
         def forward(self: RazorBlock, *args: Any, **kwargs: Any) -> Any:
+            if not self.training or not self.razor_enabled:
+                return extended.forward(self, *args, **kwargs)
             return self._forward(functools.partial(extended.forward, self), args, kwargs)
 
         members: dict[str, Any] = {"forward": forward}
@@ -135,6 +138,8 @@ class RazorBlock(RazorModule):
             members["gradient_checkpointing"] = property(_plain_checkpointing, _take_over)
         return members
 
+    # A stream of inputs is nothing that a graph could hold.
+    @torch.compiler.disable(reason="blocks are computed again from packed tensors")
     def _forward(self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The plain forward's result; of what it saves, only its arguments are kept."""
         plain = self.razor_instance_forward or plain

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..compat import is_traced
 from ..functional import (
     ActivationRule,
     Averaging,

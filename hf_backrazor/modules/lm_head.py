@@ -7,6 +7,7 @@ head would have.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -17,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from transformers.utils import ModelOutput
 
 from ..compat import is_traced
+from ..config import RazorConfig
 from ..functional import linear_cross_entropy, linear_gather
 from ..functional.notes import Note
 from ..functional.precision import autocast_is_on, current_autocast, without_autocast
@@ -34,16 +37,67 @@ class RazorLMHead(RazorLinear):
     """The output embeddings of a language model. Which layer that is, only the model knows."""
 
     kind = "head"
+    razor_leaves_out: bool
+    razor_traced: tuple[Tensor, Tensor] | None
 
     @classmethod
     def handles(cls, module: nn.Module) -> bool:
         """See `RazorModule.handles`."""
         return RazorLinear.handles(module)
 
+    @classmethod
+    def install(cls, module: nn.Module, config: RazorConfig) -> None:
+        """See `RazorModule.install`."""
+        super().install(module, config)
+        module.razor_leaves_out, module.razor_traced = False, None
+
+    @classmethod
+    def members(cls, extended: type[nn.Module]) -> dict[str, Any]:
+        """See `Extension.members`."""
+        members = super().members(extended)
+        operator = members["forward"]
+
+        @functools.wraps(operator)
+        def forward(self: RazorLMHead, *args: Any, **kwargs: Any) -> Any:
+            logits = operator(self, *args, **kwargs)
+            if torch.compiler.is_dynamo_compiling() and self.razor_leaves_out and torch.is_grad_enabled():
+                self.razor_traced = (*args, *kwargs.values())[0], logits
+            return logits
+
+        return {**members, "forward": forward}
+
+    def without_logits(self, output: Any) -> Any:
+        """What a model returns, in the compiler's graph, without logits that came from this head as they are there."""
+        if not self.razor_leaves_out or self.razor_traced is None:
+            return output
+        (hidden, logits), self.razor_traced = self.razor_traced, None
+        left_out = _LeftOut(hidden, torch.is_autocast_enabled(hidden.device.type))
+        if isinstance(output, ModelOutput) and output.get("logits") is logits:
+            output.logits = left_out
+        elif isinstance(output, tuple):
+            return tuple(left_out if x is logits else x for x in output)
+        return output
+
+    @torch.compiler.disable
+    def with_logits(self, output: Any) -> Any:
+        """What a model returns, with lazy tensors for logits that were left out."""
+        if isinstance(output, ModelOutput):
+            for name, x in output.items():
+                if isinstance(x, _LeftOut):
+                    output[name] = self._lazily(x)
+        elif isinstance(output, tuple):
+            return tuple(self._lazily(x) if isinstance(x, _LeftOut) else x for x in output)
+        return output
+
+    def _lazily(self, x: _LeftOut) -> LazyLogits:
+        device = x.hidden.device.type
+        with torch.autocast(device, torch.get_autocast_dtype(device), x.autocast):
+            return LazyLogits(x.hidden, self.weight, self.bias)
+
     def forward(self, input: Tensor) -> Tensor:
         """As the plain module; in training the logits are computed when they are needed."""
         active = self.razor_active(input, parameters=("weight",)) and self.worth_packing(input)
-        if not active or _leaves_after_forward(self):
+        if not active or leaves_after_forward(self):
             return super().forward(input)
         if is_traced():
             # A graph of the compiler has no lazy tensors. Logits that nothing but the loss reads are not computed.
@@ -57,7 +111,7 @@ class RazorLMHead(RazorLinear):
         return "razor=loss in tiles, logits on demand"
 
 
-def _leaves_after_forward(head: nn.Module) -> bool:
+def leaves_after_forward(head: nn.Module) -> bool:
     """Whether the head's weight is gone, as it is sharded, when the loss needs it."""
     if hasattr(head._parameters.get("weight"), "ds_id"):  # ZeRO-3
         return True
@@ -65,6 +119,18 @@ def _leaves_after_forward(head: nn.Module) -> bool:
         return False
     group = getattr(head._get_fsdp_state(), "_fsdp_param_group", None)
     return getattr(group, "_reshard_after_forward", True)
+
+
+class _LeftOut(NamedTuple):
+    """What stands for logits in what a compiled model returns.
+
+    Attributes:
+        hidden: that they are computed from.
+        autocast: whether autocast was on.
+    """
+
+    hidden: Tensor
+    autocast: bool
 
 
 @dataclass

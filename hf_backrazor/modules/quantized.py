@@ -23,6 +23,7 @@ class RazorQuantizedLinear(RazorModule):
     """
 
     kind = "linear"
+    is_traced = False
 
     @classmethod
     def handles(cls, module: nn.Module) -> bool:
