@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 from .compat import compiles_what_is_called, no_frame_of_its_own, traceable
 from .config import RazorConfig
 from .extension import Extension, can_extend, extend, restore
-from .model_card import TAG, write_section
 from .functional.rng import forked_rng
+from .model_card import TAG, write_section
 from .modules import RazorLMHead, RazorModule, find_blocks, with_lazy_logits
 from .modules.again import State
 from .modules.lm_head import leaves_after_forward
@@ -45,7 +45,7 @@ class RazorModel(Extension):
     def members(cls, extended: type[nn.Module]) -> dict[str, Any]:
         """See `Extension.members`: a language model's forward and loss, where the compiler traces them."""
         plain = getattr(extended, "loss_function", None)
-        if not isinstance(plain, property):
+        if not isinstance(plain, property) or (loss_of := plain.fget) is None:
             return {}
 
         def head_of(model: Any) -> RazorLMHead | None:
@@ -56,10 +56,10 @@ class RazorModel(Extension):
 
         @traceable
         def loss(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return with_lazy_logits(plain.fget(self), *args, **kwargs)
+            return with_lazy_logits(loss_of(self), *args, **kwargs)
 
         def loss_function(self: RazorModel) -> Callable[..., Any]:
-            return plain.fget(self) if head_of(self) is None else functools.partial(loss, self)
+            return loss_of(self) if head_of(self) is None else functools.partial(loss, self)
 
         @functools.wraps(extended.forward)
         def forward(self: RazorModel, *args: Any, **kwargs: Any) -> Any:

@@ -225,7 +225,8 @@ def _interpolate(
 ) -> Any:
     """The logits of a model that resizes them before its loss: not before they are needed."""
     wanted = resizes_logits(module) and mode in MODES and not antialias
-    if not wanted or size is None or not _saves(module, input) or input.dim() != 4:
+    # A graph of the compiler holds no lazy tensors.
+    if not wanted or size is None or is_traced() or not _saves(module, input) or input.dim() != 4:
         return NotImplemented
     height, width = (size, size) if isinstance(size, int) else size
     if height * width <= input.shape[2:].numel():  # the gradient of the logits would be no smaller

@@ -21,7 +21,6 @@ from torch.distributed.fsdp import FSDPModule
 from transformers.utils import ModelOutput
 
 from ..compat import is_traced
-from ..config import RazorConfig
 from ..functional import linear_cross_entropy, linear_gather
 from ..functional.notes import Note
 from ..functional.precision import autocast_is_on, current_autocast, without_autocast
@@ -34,11 +33,16 @@ MOST_CHOSEN = 16
 
 
 class RazorLMHead(RazorLinear):
-    """The output embeddings of a language model. Which layer that is, only the model knows."""
+    """The output embeddings of a language model. Which layer that is, only the model knows.
+
+    Attributes:
+        razor_leaves_out: whether the model, compiled, is to return what logits are computed from in place of these.
+        razor_traced: while the compiler traces the model, the head's input and its logits.
+    """
 
     kind = "head"
-    razor_leaves_out: bool
-    razor_traced: tuple[Tensor, Tensor] | None
+    razor_leaves_out: bool = False
+    razor_traced: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def handles(cls, module: nn.Module) -> bool:
@@ -46,14 +50,8 @@ class RazorLMHead(RazorLinear):
         return RazorLinear.handles(module)
 
     @classmethod
-    def install(cls, module: nn.Module, config: RazorConfig) -> None:
-        """See `RazorModule.install`."""
-        super().install(module, config)
-        module.razor_leaves_out, module.razor_traced = False, None
-
-    @classmethod
     def members(cls, extended: type[nn.Module]) -> dict[str, Any]:
-        """See `Extension.members`."""
+        """See `Extension.members`: a forward that lets `without_logits` know what logits came from."""
         members = super().members(extended)
         operator = members["forward"]
 
