@@ -755,37 +755,6 @@ def test_weight_gradients_by_integers_replace_those_by_floats(name: str, monkeyp
     assert any(not torch.equal(grad, other[key]) for key, grad in found.items())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
-def test_compiling_changes_neither_gradients_nor_memory(name: str) -> None:
-    """The compiler leaves razor modules alone, so that they share copies as they do without it."""
-    model, batch = make(name)
-    # Whole logits, which the compiler's traces have, save more.
-    model = get_razor_model(model, RazorConfig(exclude_modules=["lm_head"])).train()
-    expected, saved = gradients(model, batch), measure_saved_bytes(model, **batch).total
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(model, backend="aot_eager")
-    found = gradients(compiled, batch)
-    for key, grad in expected.items():
-        torch.testing.assert_close(found[f"_orig_mod.{key}"], grad)
-    assert measure_saved_bytes(compiled, **batch).total == saved
-    breaks = torch._dynamo.utils.counters["graph_break"]
-    own = sum(count for reason, count in breaks.items() if "razor modules share packed tensors" in reason)
-    assert 0 < own <= len(list(model.razor_modules()))
-
-
-@pytest.mark.slow
-def test_compiled_and_eager_gradients_agree() -> None:
-    model = get_razor_model(Block(), RazorConfig(overrides={"up": {"sparsity": 0.5}, "down": {"sparsity": 0.75}}))
-    x = torch.randn(4, 8)
-    expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
-    compiled = torch.compile(model, backend="aot_eager")
-    grads = torch.autograd.grad(compiled(x).square().sum(), list(model.parameters()))
-    for a, b in zip(grads, expected, strict=True):
-        torch.testing.assert_close(a, b)
-
-
 def test_attention_in_training_answers_output_attentions_as_sdpa_does() -> None:
     model, batch = make("bert")
     get_razor_model(model)

@@ -44,7 +44,7 @@ def without_caches(
         warns: whether to tell that caches are not filled.
     """
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    caches = {name for name, value in given.items() if value is not None and (name in _CACHES or _is_cache(value))}
+    caches = {name for name, value in given.items() if value is not None and (name in _CACHES or is_cache(value))}
     if not caches or getattr(module, "_can_checkpoint_with_cache", False):
         return args, kwargs
     if any(_is_filled(module, given[name]) for name in caches):
@@ -62,7 +62,8 @@ def without_caches(
     return args[:1], kwargs | ({"use_cache": False} if kwargs.get("use_cache") else {})
 
 
-def _is_cache(value: Any) -> bool:
+def is_cache(value: Any) -> bool:
+    """Whether `value` is a cache of keys and values."""
     return isinstance(value, (Cache, EncoderDecoderCache))
 
 

@@ -20,7 +20,9 @@ class RazorDropout(RazorModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """As the plain module; saves one bit an element."""
-        active = 0 < self.p < 1 and self.razor_active(input) and self.worth_packing(input)
+        if self.p == 0:
+            return input  # as torch does; for the compiler, what torch returns would be another tensor
+        active = self.p < 1 and self.razor_active(input) and self.worth_packing(input)
         if not active or (self.inplace and not self.works_in_place(input)):
             return super().forward(input)
         return dropout(input, self.p, self.inplace)

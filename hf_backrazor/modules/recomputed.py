@@ -29,7 +29,7 @@ from ..functional.sharing import pack_shared
 from ..functional.stream import StoredInput
 from ..packing import PackSpec
 from .adapter import RazorAdapter
-from .again import Changes, State, argument_names, is_mask, row_dims, without_caches
+from .again import Changes, State, argument_names, is_cache, is_mask, row_dims, without_caches
 from .base import RazorModule
 from .probe import Probe, dense, has_hooks_inside, is_probing, operator_running
 
@@ -120,7 +120,9 @@ class RazorRecomputed(RazorModule):
         def forward(self: RazorRecomputed, *args: Any, **kwargs: Any) -> Any:
             decision = self.razor_decision
             if torch.compiler.is_dynamo_compiling() and self.training and decision.again is None:
-                estimate(self, *args, **kwargs)
+                # Caches are for no graph, and not filled by what is computed again.
+                given = (None if is_cache(x) else x for x in args)
+                estimate(self, *given, **{name: x for name, x in kwargs.items() if not is_cache(x)})
                 # The compiler reads the forward of a module that is not computed again.
                 if decision.estimated is None or not decision.estimated.again:
                     return extended.forward(self, *args, **kwargs)
