@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..compat import has_integer_products
+
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "datasets", "huggingface_hub", "safetensors", "triton")
 
 
@@ -38,7 +40,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "memory": _memory(),
         "gpu": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "compiled packing": available(),
-        "fast integer products": bool(torch.cpu._is_vnni_supported()),
+        "fast integer products": bool(has_integer_products()),
         "Triton kernels": torch.cuda.is_available() and triton_available(),
         "HF_BACKRAZOR_NATIVE": os.environ.get("HF_BACKRAZOR_NATIVE"),
     }

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.function import FunctionCtx
 
+from ..compat import is_fake
 from ..packing import Layout, Packed, PackSpec, fast_with_integers, weight_gradient
 from .differentiation import is_wanted, restored, saved_parts, twice_differentiable
 from .layouts import ColumnAffineLayout

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from ..compat import reshards_after_forward
 from ..functional import linear_cross_entropy, linear_gather
 from ..functional.precision import autocast_is_on, current_autocast, without_autocast
 from .elements import Computation
@@ -59,10 +60,8 @@ def _leaves_after_forward(head: nn.Module) -> bool:
     """Whether the head's weight is gone, as it is sharded, when the loss needs it."""
     if hasattr(head._parameters.get("weight"), "ds_id"):  # ZeRO-3
         return True
-    if not isinstance(head, FSDPModule):  # FSDP2 leaves what it gathered with the model itself
-        return False
-    group = getattr(head._get_fsdp_state(), "_fsdp_param_group", None)
-    return getattr(group, "_reshard_after_forward", True)
+    # FSDP2 leaves what it gathered with the model itself.
+    return isinstance(head, FSDPModule) and reshards_after_forward(head)
 
 
 class HeadComputation(Computation):

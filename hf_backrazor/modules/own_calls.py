@@ -8,8 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
+from torch.overrides import TorchFunctionMode
 
+from ..compat import current_function_mode, without_current_function_mode
 from .probe import operator_running
 
 _NOTHING = nullcontext()
@@ -39,7 +40,7 @@ def without_own_calls() -> AbstractContextManager:
     It would take none of the calls there, but see each, and cost 3 microseconds a call: a third of what razor's Python
     takes in a MobileNetV2.
     """
-    return _pop_mode_temporarily() if isinstance(_get_current_function_mode(), OwnCalls) else _NOTHING
+    return without_current_function_mode() if isinstance(current_function_mode(), OwnCalls) else _NOTHING
 
 
 def _runs_now(module: nn.Module) -> bool:

@@ -15,12 +15,10 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch._guards import detect_fake_mode
-from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..compat import in_checkpoint, keeps_parametrized
+from ..compat import detect_fake_mode, in_checkpoint, keeps_parametrized, tree_leaves, tree_map
 from ..config import RazorConfig
 from ..functional.checkpoint import packed_checkpoint
 from ..functional.rng import forked_rng

@@ -12,8 +12,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from ..compat import unset_fake_temporarily
 from ..kernels import cells as native_cells
 from ..kernels import rows as native
 from .bits import code_width, pack_codes
