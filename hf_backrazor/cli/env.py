@@ -9,8 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..compat import has_integer_products
-
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "datasets", "huggingface_hub", "safetensors", "triton")
 
 
@@ -23,6 +21,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from .. import __version__
+    from ..compat import has_integer_products
     from ..kernels.library import available, triton_available
 
     found: dict[str, Any] = {"hf_backrazor": __version__}
