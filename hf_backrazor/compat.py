@@ -1,7 +1,7 @@
 """What razor needs of other libraries that they keep private. No other file uses their private functions.
 
 A private function may go missing, or do something else, in any release: `tests/test_compat.py` calls each of these.
-Checked against torch 2.13, Transformers 5.23, Accelerate 1.15 and PEFT 0.21.
+Checked against torch 2.11 and 2.13, Transformers 5.1 and 5.23, Accelerate 1.10 and 1.15, PEFT 0.18 and 0.21.
 """
 
 from __future__ import annotations
