@@ -1,23 +1,90 @@
-"""What torch shows of itself through private functions alone. Checked against torch 2.13."""
+"""What razor needs of other libraries that they keep private. No other file uses their private functions.
+
+A private function may go missing, or do something else, in any release: `tests/test_compat.py` calls each of these.
+Checked against torch 2.11 and 2.13, Transformers 5.1 and 5.23, Accelerate 1.10 and 1.15, PEFT 0.18 and 0.21.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
+
+# Code in which neither modes nor tensors of a subclass are asked what a function does.
+from torch._C import DisableTorchFunction, DisableTorchFunctionSubclass
 from torch._C._dynamo import eval_frame
-from torch._guards import TracingContext
-from torch._prims.rng_prims import run_with_rng_state
+
+# Tensors without values, which estimates and the compiler run on.
+from torch._guards import TracingContext, detect_fake_mode
+
+# An operator that draws from a given state of the generator, in the compiler's graph.
+from torch._prims.rng_prims import run_with_rng_state as draw_from
+
+# The order in memory that operators on feature maps give their results.
+from torch._prims_common import suggest_memory_format
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, is_fake, unset_fake_temporarily
 from torch.autograd import forward_ad
 from torch.autograd.graph import Node
+
+# What the layers of each kind have in common, whatever their number of dimensions, and subclasses of them.
+from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
+from torch.nn.modules.conv import _ConvNd as AnyConvolution
+from torch.nn.modules.instancenorm import _InstanceNorm as AnyInstanceNorm
 from torch.nn.utils import parametrize
+
+# The mode that sees functions of torch first; and a context without it.
+from torch.overrides import _get_current_function_mode as current_function_mode
+from torch.overrides import _pop_mode_temporarily as without_current_function_mode
 from torch.torch_version import TorchVersion
-from torch.utils._pytree import tree_leaves
+
+# Modes that see the operators that are called.
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Tensors within tuples, lists and dictionaries.
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+__all__ = [
+    "AnyBatchNorm",
+    "AnyConvolution",
+    "AnyInstanceNorm",
+    "DisableTorchFunction",
+    "DisableTorchFunctionSubclass",
+    "FakeTensor",
+    "FakeTensorMode",
+    "TorchDispatchMode",
+    "TreeSpec",
+    "current_function_mode",
+    "detect_fake_mode",
+    "draw_from",
+    "is_fake",
+    "suggest_memory_format",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
+    "tree_unflatten",
+    "unset_fake_temporarily",
+    "without_current_function_mode",
+]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+
+# An assertion on the device, which the host does not wait for.
+assert_on_device = torch._assert_async
+
+# The product of two matrices of 8-bit integers, in 32 bits; and whether a CPU has instructions for it.
+integer_product, has_integer_products = torch._int_mm, torch.cpu._is_vnni_supported
+
+# A tensor of a subclass that has no memory of its own.
+make_wrapper_tensor = Tensor._make_wrapper_subclass
+
+# Device, dtype and more, from any arguments that `Tensor.to` takes.
+parse_to = torch._C._nn._parse_to
+
+
+# How torch runs code: compiled, transformed, watched.
 
 
 def no_frame_of_its_own(function: _Function) -> _Function:
@@ -74,11 +141,6 @@ def traced_constant(x: Tensor) -> Tensor:
     return torch.ops.aten.lift_fresh_copy.default(x) if is_traced() else x
 
 
-def draw_from(state: Tensor, operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What `operator` returns if the default generator is in `state`, in the compiler's graph."""
-    return run_with_rng_state(state, operator, *args, **kwargs)
-
-
 # With modules as arguments, and their parameters part of the graph: checked in torch 2.13 alone.
 _TRACES_MODULES = TorchVersion(torch.__version__) >= "2.13"
 
@@ -120,3 +182,59 @@ def traceable(function: _Function) -> _Function:
 def compiles_what_is_called() -> bool:
     """Whether the compiler looks at functions that are called now, as inside of `torch.compile`."""
     return eval_frame.get_eval_frame_callback() not in (None, False)
+
+
+# What tensors, operators and modules of torch hold.
+
+
+def address_of(storage: UntypedStorage) -> int:
+    """What tells a storage from others that are alive; fake ones, which hold no memory, as well."""
+    return storage._cdata
+
+
+def indices_and_values(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The parts of a COO tensor as they are; the public methods ask that it has been coalesced."""
+    return x._indices(), x._values()
+
+
+def schema_of(operator: Any) -> Any:
+    """Name, arguments and results of an operator of `torch.ops`, and which of them share memory."""
+    return operator._schema
+
+
+def forward_hooks(module: nn.Module) -> Iterator[Callable[..., Any]]:
+    """The hooks that run before and after the module's forward."""
+    yield from module._forward_hooks.values()
+    yield from module._forward_pre_hooks.values()
+
+
+def reshards_after_forward(module: nn.Module) -> bool:
+    """Whether FSDP2 takes the module's weights away between forward and backward.
+
+    Args:
+        module: an `FSDPModule`.
+    """
+    state: Any = module._get_fsdp_state  # a method, which type checkers do not know of
+    group = getattr(state(), "_fsdp_param_group", None)
+    return getattr(group, "_reshard_after_forward", True)
+
+
+# What Transformers, Accelerate and PEFT put on modules and configs.
+
+# Where Accelerate leaves what moves a module's inputs and weights to where they belong, and the forward below that.
+ACCELERATE_HOOK, ACCELERATE_FORWARD = "_hf_hook", "_old_forward"
+
+
+def experts_implementation(config: Any) -> str:
+    """By which code a model of Transformers runs its experts: "eager" is one after the other."""
+    return getattr(config, "_experts_implementation", "eager")
+
+
+def takes_cache_when_checkpointed(module: nn.Module) -> bool:
+    """Whether a block of Transformers can be checkpointed with a cache as it is."""
+    return getattr(module, "_can_checkpoint_with_cache", False)
+
+
+def casts_for_adapters(cls: type[nn.Module]) -> bool:
+    """Whether this is a layer of PEFT that casts its input for adapters of another dtype."""
+    return callable(getattr(cls, "_cast_input_dtype", None))

@@ -21,6 +21,7 @@ from huggingface_hub import hf_hub_download
 from transformers.utils import PushToHubMixin
 
 from . import __version__
+from .model_card import write_section
 from .targets import match_pattern
 
 RAZOR_CONFIG_NAME = "razor_config.json"
@@ -284,9 +285,7 @@ class RazorConfig(PushToHubMixin):
 
     def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         # Where `PushToHubMixin` uploads; the card that it writes is one of a model.
-        from .model_card import write_section
-
-        write_section(working_dir, self, None, {}, repo_id)
+        write_section(working_dir, repo_id, settings_in_words(self), self.base_model_name_or_path)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     @classmethod
@@ -435,6 +434,21 @@ def _checked_override(pattern: Any, changes: Any) -> dict[str, Any]:
         return {name: _checked(name, value) for name, value in changes.items()}
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def settings_in_words(config: RazorConfig) -> str:
+    """A sentence for model cards: the preset, or what differs from the defaults."""
+    plain = replace(config, base_model_name_or_path=None, revision=None)
+    for preset in PRESETS:
+        if plain == RazorConfig.preset(preset):
+            return f"Settings: the preset `{preset}` of hf_backrazor {__version__}."
+    default = RazorConfig()
+    changed = [
+        f"`{item.name}={getattr(plain, item.name)!r}`"
+        for item in fields(plain)
+        if getattr(plain, item.name) != getattr(default, item.name)
+    ]
+    return f"Settings: the defaults of hf_backrazor {__version__}, but {', '.join(changed)}."
 
 
 def _require(what: str, value: Any, is_legal: Callable[[Any], bool], legal: str) -> None:

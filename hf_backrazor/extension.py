@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex, TypeVar, cast
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from .compat import ACCELERATE_FORWARD
+
 if TYPE_CHECKING:
 
     class _Module(nn.Module):
@@ -136,7 +138,7 @@ def runs_its_class(module: nn.Module) -> bool:
 
 
 # Where Accelerate leaves a module's forward: when it puts a hook on, and when it takes one off.
-_BOUND = ("_old_forward", "forward")
+_BOUND = (ACCELERATE_FORWARD, "forward")
 
 
 def _is_bound(method: Any, module: nn.Module) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TypeVar
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from .compat import AnyBatchNorm
 from .extension import Extension, extend
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -34,7 +34,7 @@ def freeze_batch_norms(model: Model) -> Model:
     Raises:
         ValueError: it has none.
     """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    norms = [module for module in model.modules() if isinstance(module, AnyBatchNorm) and module.track_running_stats]
     if not norms:
         raise ValueError(f"nothing to freeze in this {type(model).__name__}: it has no batch norm with statistics")
     for module in norms:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from .compat import TorchDispatchMode, address_of
 from .modules.probe import is_probing
-from .saved_tensors import strided_parts
+from .saved_tensors import storage_key, strided_parts
 
 
 class LiveMemory(TorchDispatchMode):
@@ -29,7 +29,7 @@ class LiveMemory(TorchDispatchMode):
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._counted = {part.untyped_storage()._cdata for x in known for part in strided_parts(x)}
+        self._counted = {storage_key(part) for x in known for part in strided_parts(x)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """See `TorchDispatchMode`."""
@@ -40,21 +40,21 @@ class LiveMemory(TorchDispatchMode):
         # What an operator is given, and none here has made, was there before: a constant that it returns a view of.
         for x in _tensors((args, kwargs)):
             storage = x.untyped_storage()
-            if storage._cdata not in self._counted:
+            if address_of(storage) not in self._counted:
                 self._count(storage, 0)
         result = func(*args, **kwargs)
         for x in _tensors(result):
             storage = x.untyped_storage()
-            if storage._cdata not in self._counted:
+            if address_of(storage) not in self._counted:
                 self._count(storage, storage.nbytes())
         if not is_probing():
             self.peak = max(self.peak, self.live)
         return result
 
     def _count(self, storage: UntypedStorage, nbytes: int) -> None:
-        self._counted.add(storage._cdata)
+        self._counted.add(address_of(storage))
         self.live += nbytes
-        weakref.finalize(storage, self._drop, storage._cdata, nbytes)
+        weakref.finalize(storage, self._drop, address_of(storage), nbytes)
 
     def _drop(self, key: int, nbytes: int) -> None:
         # Another storage may come to lie at the same address.

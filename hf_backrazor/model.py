@@ -12,10 +12,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from .compat import compiles_what_is_called, no_frame_of_its_own, traceable
-from .config import RazorConfig
+from .compat import compiles_what_is_called, no_frame_of_its_own, traceable, tree_leaves
+from .config import RazorConfig, settings_in_words
 from .extension import Extension, can_extend, extend, restore
 from .functional.rng import forked_rng
 from .model_card import TAG, write_section
@@ -200,7 +199,9 @@ class RazorPreTrainedModel(RazorModel):
         if hasattr(plain, "create_or_update_model_card"):  # PEFT's
             plain.create_or_update_model_card(output_dir)
         name = repo_id or Path(output_dir).resolve().name
-        write_section(output_dir, self.razor_config, self.__dict__.get("_razor_report"), metrics or {}, name)
+        config, report = self.razor_config, self.__dict__.get("_razor_report")
+        saved = None if report is None else report.by_kind
+        write_section(output_dir, name, settings_in_words(config), config.base_model_name_or_path, saved, metrics)
 
     def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         # Where both ways of `PushToHubMixin` to the Hub meet, when all other files are written.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import uuid
@@ -10,10 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
-
-from . import __version__
-from .config import PRESETS, RazorConfig
-from .report import MemoryReport
 
 TAG = "hf_backrazor"
 CARD_NAME = "README.md"
@@ -25,19 +20,21 @@ _SECTION = re.compile(rf"\n*{_BEGIN}.*?{_END}\n*", re.DOTALL)
 
 def write_section(
     folder: str | os.PathLike[str],
-    config: RazorConfig,
-    report: MemoryReport | None,
-    metrics: Mapping[str, float],
     name: str,
+    settings: str,
+    base_model: str | None,
+    saved: Mapping[str, tuple[int, int]] | None = None,
+    metrics: Mapping[str, float] | None = None,
 ) -> None:
     """Put the section into `README.md` in `folder`, in place of one that is there; other text and metadata stay.
 
     Args:
         folder: where the model is saved.
-        config: the settings that the model was trained with.
-        report: what they saved, if that was measured.
-        metrics: name -> value, to be shown.
         name: what to load the model by.
+        settings: a sentence on those that the model was trained with.
+        base_model: what it was before, a name on the Hub or a folder.
+        saved: kind of operator -> bytes saved by a batch, dense and with razor, if that was measured.
+        metrics: name -> value, to be shown.
     """
     file = Path(folder) / CARD_NAME
     if file.exists():
@@ -46,12 +43,12 @@ def write_section(
         card = ModelCard.from_template(ModelCardData(library_name="transformers"), template_str="{{ card_data }}\n")
     tags = card.data.tags or []
     card.data.tags = tags if TAG in tags else [*tags, TAG]
-    if card.data.base_model is None and _is_hub_id(config.base_model_name_or_path):
-        card.data.base_model = config.base_model_name_or_path
+    if card.data.base_model is None and _is_hub_id(base_model):
+        card.data.base_model = base_model
     text = _SECTION.sub("\n", card.text).strip()
     if not text or text.count(_BLANK) >= UNFILLED:
         text = f"# {name.rsplit('/', 1)[-1]}"
-    card.text = f"{text}\n\n{section(config, report, metrics, name)}"
+    card.text = f"{text}\n\n{_section(name, settings, saved, metrics)}"
     unfinished = file.with_name(f".{CARD_NAME}.{uuid.uuid4().hex}")
     try:
         unfinished.write_text(str(card), encoding="utf-8")
@@ -60,7 +57,9 @@ def write_section(
         unfinished.unlink(missing_ok=True)
 
 
-def section(config: RazorConfig, report: MemoryReport | None, metrics: Mapping[str, float], name: str) -> str:
+def _section(
+    name: str, settings: str, saved: Mapping[str, tuple[int, int]] | None, metrics: Mapping[str, float] | None
+) -> str:
     """The section as Markdown."""
     parts = [
         _BEGIN,
@@ -69,10 +68,10 @@ def section(config: RazorConfig, report: MemoryReport | None, metrics: Mapping[s
         "pruned to its greatest elements and a few bits for the rest "
         "([Back Razor](https://openreview.net/forum?id=mTXQIpXPDbh), NeurIPS 2022). Weights are plain; nothing is "
         "needed to use them.",
-        _settings(config),
+        settings,
     ]
-    if report is not None:
-        parts += ["Saved for backward by one training batch:", _memory_table(report)]
+    if saved is not None:
+        parts += ["Saved for backward by one training batch:", _memory_table(saved)]
     if metrics:
         lines = ["| metric | value |", "|---|---|"]
         parts.append("\n".join(lines + [f"| {key} | {value:.4g} |" for key, value in metrics.items()]))
@@ -84,23 +83,10 @@ def section(config: RazorConfig, report: MemoryReport | None, metrics: Mapping[s
     return "\n\n".join(parts) + "\n"
 
 
-def _settings(config: RazorConfig) -> str:
-    plain = dataclasses.replace(config, base_model_name_or_path=None, revision=None)
-    for preset in PRESETS:
-        if plain == RazorConfig.preset(preset):
-            return f"Settings: the preset `{preset}` of hf_backrazor {__version__}."
-    default = RazorConfig()
-    changed = [
-        f"`{item.name}={getattr(plain, item.name)!r}`"
-        for item in dataclasses.fields(plain)
-        if getattr(plain, item.name) != getattr(default, item.name)
-    ]
-    return f"Settings: the defaults of hf_backrazor {__version__}, but {', '.join(changed)}."
-
-
-def _memory_table(report: MemoryReport) -> str:
+def _memory_table(saved: Mapping[str, tuple[int, int]]) -> str:
     lines = ["| | dense, MiB | razor, MiB |", "|---|---|---|"]
-    rows = [*report.by_kind.items(), ("total", (report.dense_bytes, report.razor_bytes))]
+    total = tuple(sum(sizes[side] for sizes in saved.values()) for side in (0, 1))
+    rows = [*saved.items(), ("total", total)]
     return "\n".join(
         lines + [f"| {kind} | {dense / 2**20:.2f} | {razor / 2**20:.2f} |" for kind, (dense, razor) in rows]
     )

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from .compat import tree_leaves
 from .functional.rng import HostRandomState, forked_rng
 from .modules import OPERATORS, RazorModule, RazorRecomputed, running_sums, sees_probes
 from .saved_tensors import noting_saved

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from .compat import DisableTorchFunctionSubclass, address_of, indices_and_values
+
 
 @contextmanager
 def noting_saved(note: Callable[[Tensor], Callable[[], None]], known: Iterable[Tensor]) -> Iterator[None]:
@@ -45,7 +47,7 @@ def seeing_saved(see: Callable[[Tensor], None]) -> AbstractContextManager:
         if not x.requires_grad:
             return x
         # Not itself: an operator's own output would keep its graph alive, and the graph the output.
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             return x.detach()
 
     return saved_tensors_hooks(pack, lambda x: x)
@@ -54,7 +56,7 @@ def seeing_saved(see: Callable[[Tensor], None]) -> AbstractContextManager:
 def strided_parts(x: Tensor) -> tuple[Tensor, ...]:
     """The tensors with a storage that `x` is made of: itself, or the indices and values of a sparse one."""
     if x.layout is torch.sparse_coo:
-        return x._indices(), x._values()
+        return indices_and_values(x)
     if x.layout in (torch.sparse_csr, torch.sparse_bsr):
         return x.crow_indices(), x.col_indices(), x.values()
     if x.layout in (torch.sparse_csc, torch.sparse_bsc):
@@ -69,4 +71,4 @@ def _forget(seen: set[int], key: int, uncount: Callable[[], None]) -> None:
 
 def storage_key(x: Tensor) -> int:
     """What tells the storage of `x` from others that are alive."""
-    return x.untyped_storage()._cdata
+    return address_of(x.untyped_storage())

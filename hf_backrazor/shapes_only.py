@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from .compat import FakeTensor, FakeTensorMode
 
 _Slice = TypeVar("_Slice")
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._guards import detect_fake_mode
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from .compat import detect_fake_mode, tree_leaves
 from .modules import RazorBlock, RazorLMHead, RazorModule, RazorRecomputed, sees_probes
 
 

@@ -233,7 +233,8 @@ _CONVOLUTIONAL = {
     "segformer": (
         hf.SegformerForSemanticSegmentation,
         lambda: hf.SegformerConfig(
-            hidden_sizes=[16, 32, 48, 64], depths=[1, 1, 1, 1], decoder_hidden_size=48, num_labels=4
+            **{"hidden_sizes": [16, 32, 48, 64], "num_attention_heads": [1, 2, 4, 8], "depths": [1, 1, 1, 1]},
+            **{"decoder_hidden_size": 48, "num_labels": 4},
         ),
         _segmented_images,
     ),

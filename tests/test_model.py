@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import transformers
 from architectures import make
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,8 +21,6 @@ from transformers import (
     AttentionInterface,
     BertConfig,
     BertForSequenceClassification,
-    DeepseekV32Config,
-    DeepseekV32ForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     PreTrainedModel,
@@ -610,7 +609,9 @@ def test_sinks_that_the_attention_function_reads_from_its_module_get_their_gradi
 
 
 def test_attention_that_takes_other_paths_by_name_is_left_alone_and_named() -> None:
-    config = DeepseekV32Config(
+    if not hasattr(transformers, "DeepseekV32Config"):
+        pytest.skip("this Transformers has no such model")
+    config = transformers.DeepseekV32Config(
         vocab_size=64,
         hidden_size=32,
         num_hidden_layers=1,
@@ -632,7 +633,7 @@ def test_attention_that_takes_other_paths_by_name_is_left_alone_and_named() -> N
         index_n_heads=2,
         index_head_dim=8,
     )
-    dense = DeepseekV32ForCausalLM._from_config(config).eval()
+    dense = transformers.DeepseekV32ForCausalLM._from_config(config).eval()
     tokens = torch.randint(64, (2, 9))
     expected = dense(tokens).logits
     with pytest.warns(UserWarning, match="takes other paths by the name of its attention function: model.layers.0"):

@@ -21,6 +21,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from .. import __version__
+    from ..compat import has_integer_products
     from ..kernels.library import available, triton_available
 
     found: dict[str, Any] = {"hf_backrazor": __version__}
@@ -38,7 +39,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "memory": _memory(),
         "gpu": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "compiled packing": available(),
-        "fast integer products": bool(torch.cpu._is_vnni_supported()),
+        "fast integer products": bool(has_integer_products()),
         "Triton kernels": torch.cuda.is_available() and triton_available(),
         "HF_BACKRAZOR_NATIVE": os.environ.get("HF_BACKRAZOR_NATIVE"),
     }

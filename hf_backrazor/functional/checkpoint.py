@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
+from ..compat import TreeSpec, tree_flatten, tree_unflatten
 from .masks import PackedMask, pack_mask
 
 

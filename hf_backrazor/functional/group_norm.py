@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
+from ..compat import suggest_memory_format
 from ..packing import Packed, PackSpec, pack, sparse_layout
 from .differentiation import replayed, replayed_gradients, restored, saved_parts
 from .precision import accumulate_dtype

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from ..compat import unset_fake_temporarily
 from ..shapes_only import turns
 from .differentiation import once_differentiable
 from .labels import check_labels

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from ..compat import is_traced
+from ..compat import FakeTensor, assert_on_device, is_traced
 
 
 def check_labels(labels: Tensor, classes: int, counted: Tensor) -> None:
@@ -24,6 +22,6 @@ def check_labels(labels: Tensor, classes: int, counted: Tensor) -> None:
         return
     wrong = counted & ((labels < 0) | (labels >= classes))
     if labels.device.type != "cpu" or is_traced():
-        torch._assert_async(~wrong.any(), "Target is out of bounds.")
+        assert_on_device(~wrong.any(), "Target is out of bounds.")
     elif wrong.any():
         raise IndexError(f"Target {labels[wrong][0].item()} is out of bounds.")

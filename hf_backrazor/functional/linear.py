@@ -8,9 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
-from ..compat import is_traced
+from ..compat import is_fake, is_traced
 from ..packing import Layout, Packed, PackSpec, fast_with_integers, weight_gradient
 from .differentiation import is_wanted, restored, saved_parts, twice_differentiable
 from .layouts import ColumnAffineLayout

@@ -12,9 +12,8 @@ from weakref import ref
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
-from ..compat import is_traced
+from ..compat import is_fake, is_traced
 from ..packing import pack_bits, unpack_bits
 from .notes import Note
 

@@ -129,8 +129,9 @@ class StoredInput:
 
     def __init__(self, place: int, packed: Packed) -> None:
         self.place, self.layout = place, packed.layout
+        # The result and not its `grad_fn` alone: torch 2.11 frees what that has saved when nothing but Python holds it.
         with torch.enable_grad():
-            self._node = _Save.apply(torch.empty(0, requires_grad=True), *packed.parts).grad_fn
+            self._result = _Save.apply(torch.empty(0, requires_grad=True), *packed.parts)
         self._parts: tuple[Tensor, ...] | None = None
 
     @property
@@ -138,7 +139,7 @@ class StoredInput:
         """The parts of the packed difference."""
         # Once: a checkpoint around this hands each tensor out a single time.
         if self._parts is None:
-            self._parts = self._node.saved_tensors
+            self._parts = self._result.grad_fn.saved_tensors
         return self._parts
 
     def unpack(self) -> Tensor:

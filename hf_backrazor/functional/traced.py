@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..compat import draw_from
+from ..compat import TorchDispatchMode, draw_from
 
 
 class TracedDraws(TorchDispatchMode):

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..compat import TorchDispatchMode
 from .library import available, load
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.bool: 3}

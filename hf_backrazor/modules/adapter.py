@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compat import traceable
+from ..compat import casts_for_adapters, traceable
 from ..functional.sharing import note_cast
 from .base import RazorModule
 
@@ -27,7 +27,7 @@ class RazorAdapter(RazorModule):
     @classmethod
     def handles(cls, module: nn.Module) -> bool:
         """See `RazorModule.handles`."""
-        return callable(getattr(type(module), "_cast_input_dtype", None))
+        return casts_for_adapters(type(module))
 
     def _cast_input_dtype(self, x: Any, dtype: torch.dtype) -> Any:
         """As PEFT's."""

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
 from transformers import Cache, EncoderDecoderCache
 from transformers.utils import logging
 
+from ..compat import ACCELERATE_HOOK, is_fake, takes_cache_when_checkpointed
 from ..functional.rng import HostRandomState
 
 logger = logging.get_logger(__name__)
@@ -45,7 +45,7 @@ def without_caches(
     """
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     caches = {name for name, value in given.items() if value is not None and (name in _CACHES or is_cache(value))}
-    if not caches or getattr(module, "_can_checkpoint_with_cache", False):
+    if not caches or takes_cache_when_checkpointed(module):
         return args, kwargs
     if any(_is_filled(module, given[name]) for name in caches):
         logger.warning_once(
@@ -103,7 +103,7 @@ class State:
         self._modes = [(inner, inner.training) for inner in module.modules()]
         # `torch.func.functional_call` may have put others in their place. Accelerate's hooks bring offloaded ones, and
         # take them away.
-        inside = [inner for inner in module.modules() if "_hf_hook" not in inner.__dict__]
+        inside = [inner for inner in module.modules() if ACCELERATE_HOOK not in inner.__dict__]
         held: list[dict[str, Any]] = [each for inner in inside for each in (inner._parameters, inner._buffers)]
         self._tensors = [(tensors, dict(tensors)) for tensors in held if tensors]
         if changes is None:

@@ -17,14 +17,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from ..compat import traceable
+from ..compat import TreeSpec, is_fake, traceable, tree_flatten, tree_unflatten
 from ..config import RazorConfig
 from ..extension import class_cache
 from ..functional import recomputed_attention, sparse_attention

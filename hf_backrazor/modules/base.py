@@ -152,7 +152,7 @@ class RazorModule(Extension):
         the last tensor is saved: before the plain operator writes, but after an autograd function has written, to what
         others saved.
         """
-        return not x._is_view() and not in_checkpoint()
+        return x._base is None and not in_checkpoint()
 
     def razor_repr(self) -> str:
         """The settings that matter to this operator, for `print(model)`."""

@@ -12,9 +12,9 @@ from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
 from transformers.utils import logging
 
+from ..compat import ACCELERATE_FORWARD, experts_implementation, is_fake
 from ..config import RazorConfig
 from ..extension import can_extend
 from ..functional.checkpoint import packed_checkpoint
@@ -110,8 +110,8 @@ class RazorBlock(RazorModule):
         super().install(module, config)
         assert isinstance(module, cls)
         module.razor_instance_forward = hooked
-        if hooked is not None and "_old_forward" in module.__dict__:
-            module._old_forward = MethodType(module.plain_class.forward, module)
+        if hooked is not None and ACCELERATE_FORWARD in module.__dict__:
+            module.__dict__[ACCELERATE_FORWARD] = MethodType(module.plain_class.forward, module)
         module.razor_stack, module.razor_index = Stack(1), 0
         module.razor_follows = module.razor_changing = None
         names = (name for name, _ in module.named_modules())
@@ -179,7 +179,7 @@ class RazorBlock(RazorModule):
         """
         experts = [self.get_submodule(name) for name in self.razor_experts]
         configs = (getattr(each, "config", None) for each in experts)
-        loops = any(getattr(config, "_experts_implementation", "eager") == "eager" for config in configs)
+        loops = any(experts_implementation(config) == "eager" for config in configs)
         if loops:
             logger.warning_once(
                 "razor: blocks whose experts run one after the other keep their input as it is; "

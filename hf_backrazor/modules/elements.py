@@ -8,8 +8,9 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers.utils import logging
+
+from ..compat import DisableTorchFunction, FakeTensor
 
 logger = logging.get_logger(__name__)
 
@@ -53,7 +54,7 @@ class Computation:
             "`torch.nn.functional.cross_entropy` over class numbers does without"
         )
         # Later operators may save what is first read in inference mode.
-        with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
+        with torch.inference_mode(False), torch.no_grad(), DisableTorchFunction():
             return self.forward(*(None if x is None else x.detach() for x in self.inputs))
 
     def unchanged(self) -> bool:
@@ -84,7 +85,7 @@ def _fingerprint(x: Tensor) -> Tensor | None:
     gone = x.is_meta or isinstance(x, FakeTensor) or type(x) not in (Tensor, torch.nn.Parameter)
     if gone or x.untyped_storage().size() == 0 or not x.numel():
         return None
-    with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
+    with torch.inference_mode(False), torch.no_grad(), DisableTorchFunction():
         places = torch.arange(0, x.numel(), -(-x.numel() // FINGERPRINT_NUMEL), device=x.device)
         return x.detach()[torch.unravel_index(places, x.shape)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..compat import AnyInstanceNorm
 from ..functional import batch_norm, group_norm
 from .base import RazorModule, describe, map_norm_spec
 
@@ -49,7 +50,7 @@ class RazorInstanceNorm(RazorModule):
     @classmethod
     def cannot_handle(cls, module: nn.Module) -> str | None:
         """See `RazorModule.cannot_handle`."""
-        if isinstance(module, nn.modules.instancenorm._InstanceNorm) and not cls.handles(module):
+        if isinstance(module, AnyInstanceNorm) and not cls.handles(module):
             return f"{type(module).__name__} has running statistics, or a forward of its own"
         return None
 

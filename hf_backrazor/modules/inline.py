@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from ..compat import AnyBatchNorm, AnyConvolution
 from ..config import RazorConfig
 from .activation import RazorActivation
 from .base import RazorModule, describe, forward_source, input_spec, norm_spec, whole_shape
@@ -41,9 +42,9 @@ _PRODUCT = re.compile(r"[^*]\*\s*[\w(]|\bmul(?:tiply)?\(")
 _LAYERS = {
     nn.LayerNorm: "norm",
     nn.GroupNorm: "norm",
-    nn.modules.batchnorm._BatchNorm: "norm",
+    AnyBatchNorm: "norm",
     nn.Linear: "linear",
-    nn.modules.conv._ConvNd: "convolution",
+    AnyConvolution: "convolution",
 }
 
 
@@ -61,7 +62,7 @@ class RazorInline(RazorModule):
         """See `RazorModule.handles`."""
         if type(module).__module__.startswith("torch.nn."):
             # These have operators of their own, but for a convolution that pads before it calls the function.
-            return isinstance(module, nn.modules.conv._ConvNd) and module.padding_mode != "zeros"
+            return isinstance(module, AnyConvolution) and module.padding_mode != "zeros"
         return bool(_called(module)) or _multiplies(module) or _scales(module) or resizes_logits(module)
 
     @classmethod

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
+from ..compat import DisableTorchFunctionSubclass, make_wrapper_tensor, parse_to, schema_of, tree_leaves, tree_map
 from ..functional.precision import current_autocast
 from .elements import Computation, Elements
 
@@ -70,7 +70,7 @@ class _Step(torch.autograd.Function):
             raise RuntimeError(
                 "logits that a gradient is computed from have been modified by an inplace operation: change a clone"
             )
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             with torch.enable_grad(), ctx.autocast:
                 x = x.view_as(x)
                 y = ctx.function(x)
@@ -148,7 +148,7 @@ class LazyTensor(Tensor):
 
     @classmethod
     def _wrap(cls, elements: Elements, like: Tensor, device: torch.device, offset: Any = 0) -> LazyTensor:
-        self = torch.Tensor._make_wrapper_subclass(
+        self = make_wrapper_tensor(
             cls, like.shape, like.stride(), like.storage_offset() + offset, dtype=like.dtype, device=device
         )
         self._elements, self.description, self._source = elements, None, None
@@ -159,7 +159,7 @@ class LazyTensor(Tensor):
         self.description, self._source, self._state = description, source, self._current_state()
 
     def _current_state(self) -> tuple[Any, int]:
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             return self.grad_fn, self._version
 
     def _as_described(self) -> bool:
@@ -240,7 +240,8 @@ class LazyTensor(Tensor):
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = func._schema.name.split("::")[-1]
+        schema = schema_of(func)
+        name = schema.name.split("::")[-1]
         if torch.Tag.inplace_view in func.tags:
             raise RuntimeError(f"`{name}` gives logits that razor returned another shape in place: do it out of place")
         if func in _VIEWS or func in _COPIES:
@@ -248,7 +249,7 @@ class LazyTensor(Tensor):
             if result is not NotImplemented:
                 return result
         lazy = [x for x in tree_leaves((args, kwargs)) if isinstance(x, LazyTensor)]
-        if func._schema.is_mutable or any(value.alias_info is not None for value in func._schema.returns):
+        if schema.is_mutable or any(value.alias_info is not None for value in schema.returns):
             for x in lazy:
                 x._elements.share()
         owners = {id(x._elements.get(name)): x for x in lazy}
@@ -263,7 +264,7 @@ class LazyTensor(Tensor):
 
 def _plainly(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """As for any tensor; autograd sees the lazy ones, and the elements are asked for below it."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
 
 
@@ -327,7 +328,7 @@ def widened_dtype(x: Tensor, *args: Any, **kwargs: Any) -> torch.dtype | None:
     """
     if any(isinstance(argument, Tensor) for argument in args) or kwargs.get("copy"):
         return None
-    device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    device, dtype, _, memory_format = parse_to(*args, **kwargs)
     if memory_format is not None or (device is not None and device != x.device):
         return None
     if dtype is None or dtype == x.dtype:

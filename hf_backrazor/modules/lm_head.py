@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.utils import ModelOutput
 
-from ..compat import is_traced
+from ..compat import is_traced, reshards_after_forward
 from ..functional import linear_cross_entropy, linear_gather
 from ..functional.notes import Note
 from ..functional.precision import autocast_is_on, current_autocast, without_autocast
@@ -113,10 +113,8 @@ def leaves_after_forward(head: nn.Module) -> bool:
     """Whether the head's weight is gone, as it is sharded, when the loss needs it."""
     if hasattr(head._parameters.get("weight"), "ds_id"):  # ZeRO-3
         return True
-    if not isinstance(head, FSDPModule):  # FSDP2 leaves what it gathered with the model itself
-        return False
-    group = getattr(head._get_fsdp_state(), "_fsdp_param_group", None)
-    return getattr(group, "_reshard_after_forward", True)
+    # FSDP2 leaves what it gathered with the model itself.
+    return isinstance(head, FSDPModule) and reshards_after_forward(head)
 
 
 class _LeftOut(NamedTuple):

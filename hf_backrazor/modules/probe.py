@@ -11,10 +11,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..compat import in_checkpoint
+from ..compat import DisableTorchFunction, forward_hooks, in_checkpoint, tree_leaves
 from ..saved_tensors import seeing_saved, storage_key, strided_parts
 
 
@@ -82,7 +81,7 @@ def sees_probes(hook: Hook) -> Hook:
 def has_hooks_inside(module: nn.Module) -> bool:
     """Whether modules in `module` have forward hooks that may not run once more: one may collect outputs for a loss."""
     inside = (inner for inner in module.modules() if inner is not module)
-    hooks = (hook for inner in inside for hook in (*inner._forward_hooks.values(), *inner._forward_pre_hooks.values()))
+    hooks = (hook for inner in inside for hook in forward_hooks(inner))
     return not all(getattr(hook, "razor_sees_probes", False) for hook in hooks)
 
 
@@ -219,7 +218,7 @@ class _Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         # Else attributes that are read here would come here again.
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             reads = func in _READS_VALUES or (func is torch.where and len(args) + len(kwargs) == 1)
             index = [x for x in _tensors(args[1]) if x.dtype == torch.bool] if func in _INDEXES else []
             results = [x for x in _tensors(result) if x.grad_fn is None]

@@ -15,13 +15,18 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..compat import in_checkpoint, keeps_parametrized, traceable
+from ..compat import (
+    FakeTensor,
+    detect_fake_mode,
+    in_checkpoint,
+    keeps_parametrized,
+    traceable,
+    tree_leaves,
+    tree_map,
+)
 from ..config import RazorConfig
 from ..functional.checkpoint import packed_checkpoint
 from ..functional.rng import forked_rng

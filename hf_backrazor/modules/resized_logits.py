@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..compat import DisableTorchFunction
 from ..functional import Resizing, interpolated_cross_entropy
 from ..functional.precision import autocast_is_on
 from .base import RazorModule, class_source
@@ -75,7 +76,7 @@ class LazyResizedLogits(LazyTensor):
     @staticmethod
     def __new__(cls, logits: Tensor, resizing: Resizing) -> LazyResizedLogits:
         """See `Resized`."""
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             dtype = resize(logits.detach()[:1, :1, :1, :1], resizing._replace(size=(1, 1))).dtype
             meta = torch.empty_strided(logits.shape, logits.stride(), dtype=dtype, device="meta")
             like = resize(meta, resizing)

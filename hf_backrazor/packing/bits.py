@@ -14,9 +14,8 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from ..compat import is_traced, traced_constant
+from ..compat import is_traced, traced_constant, unset_fake_temporarily
 
 # Field width in bits -> (integer that holds one group of bytes, the multiplier, the shift that leaves the top byte).
 # Byte i of a group weighs 2^(8 i) and must end at 2^(shift + width * i): the multiplier has the bits

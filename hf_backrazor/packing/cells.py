@@ -12,9 +12,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from ..compat import is_traced, traced_constant
+from ..compat import is_traced, traced_constant, unset_fake_temporarily
 from ..kernels import cells as native_cells
 from ..kernels import rows as native
 from .bits import code_width, pack_codes

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from ..compat import has_integer_products, integer_product, unset_fake_temporarily
 from ..kernels import gradient as native_gradient
 from ..kernels import rows as native
 from .bits import unpack_codes
@@ -32,7 +32,7 @@ def fast_with_integers(grad: Tensor, n: int) -> bool:
     if min(*grad.shape, n) < 16:
         return False
     if grad.device.type == "cpu":
-        return torch.cpu._is_vnni_supported()
+        return has_integer_products()
     if grad.device.type == "cuda":
         # What `torch._int_mm` asks of a CUDA device.
         return not torch.version.hip and grad.shape[0] % 8 == 0 and grad.shape[1] % 8 == 0 and n % 8 == 0
@@ -162,7 +162,7 @@ def weight_gradient(
     rounded, scale, grad_sum = (native_gradient.round_gradient if compiled else round_gradient)(grad, x.row_scale, seed)
     scale *= x.unit
     # Of matrices with a single row or column torch 2.13 computes wrong products; `fast_with_integers` rules them out.
-    product = torch._int_mm(x.codes.t(), rounded) if transposed else torch._int_mm(rounded.t(), x.codes)
+    product = integer_product(x.codes.t(), rounded) if transposed else integer_product(rounded.t(), x.codes)
     gamma = None if gamma is None else gamma.float()
     beta = None if beta is None else beta.float()
     if compiled:

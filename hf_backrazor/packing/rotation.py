@@ -16,7 +16,8 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from ..compat import unset_fake_temporarily
 
 BLOCK = 128
 
