@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from .modules import RazorBlock, RazorLMHead, RazorModule, RazorRecomputed, sees_probes
+from .modules import RazorBlock, RazorLMHead, RazorModule, sees_probes
 
 
 def is_first_forward(model: nn.Module) -> bool:
@@ -80,7 +80,7 @@ class _WeightUse(TorchFunctionMode):
             weight = module._parameters.get("weight")  # one that is parametrized would be computed
             # A head is meant to be used so: by the loss. What has no operator saves nothing packed.
             razor = isinstance(module, RazorModule) and not isinstance(module, RazorLMHead)
-            razor = razor and module.kind != RazorRecomputed.kind
+            razor = razor and module.kind not in ("recomputed", "inline", "other")
             if razor and isinstance(weight, Tensor) and weight.requires_grad:
                 self._names[id(weight)] = name
         self._running: dict[int, int] = defaultdict(int)

@@ -1,9 +1,10 @@
 """Razor versions of the modules that models are made of.
 
-An operator is one class, derived from `RazorModule`, in one file of this folder; `OPERATORS` lists them. Four stand
-beside the list, as a type does not tell which layer is a language model's head (`RazorLMHead`), which module is the
-model itself (`RazorOutermost`), which modules are to be computed again (`RazorBlock`), nor which save much that no
-operator takes (`RazorRecomputed`).
+An operator is one class, derived from `RazorModule`, in one file of this folder; `OPERATORS` lists them. Some stand
+beside the list, as a type does not tell which layer is a language model's head (`RazorLMHead`) or which modules are to
+be computed again (`RazorBlock`). And what a module's own code does is seen when it runs: which functions it calls
+(`RazorInline`; `RazorOutermost` for the model itself), and whether it saves much that no operator takes
+(`RazorRecomputed`). A module may be both, and have an operator as well.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from .block import RazorBlock, find_blocks, running_sums, stack_blocks
 from .convolution import RazorConvolution
 from .dropout import RazorDropout
 from .group_norm import RazorGroupNorm, RazorInstanceNorm
-from .inline import RazorInline, RazorOutermost
+from .inline import RazorInline, RazorOutermost, count_gates
 from .linear import RazorConv1D, RazorLinear
 from .lm_head import RazorLMHead
 from .norm import RazorLayerNorm, RazorRMSNorm
+from .own_calls import Apart
 from .padding import RazorZeroPad
 from .pooling import RazorAveragePool2d, RazorMaxPool2d
 from .probe import sees_probes
@@ -43,12 +45,12 @@ OPERATORS: tuple[type[RazorModule], ...] = (
     RazorActivation,
     RazorDropout,
     RazorAttention,
-    RazorInline,
     RazorAdapter,
 )
 
 __all__ = [
     "OPERATORS",
+    "Apart",
     "RazorActivation",
     "RazorAdapter",
     "RazorAttention",
@@ -71,6 +73,7 @@ __all__ = [
     "RazorRMSNorm",
     "RazorRecomputed",
     "RazorZeroPad",
+    "count_gates",
     "find_blocks",
     "running_sums",
     "sees_probes",

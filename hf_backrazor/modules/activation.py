@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
 from transformers import activations as hf
 
+from ..compat import in_checkpoint
 from ..config import RazorConfig
 from ..functional import activation
 from ..functional.activation import (
@@ -26,7 +28,9 @@ from ..functional.activation import (
     cell_tables,
     leaky_relu,
 )
+from ..functional.notes import Note
 from .base import RazorModule, activation_bits, gate_spec, stand_in
+from .own_calls import Gate
 
 # Class -> what is known of its derivative (or how to find that for an instance). None: autograd finds it from the
 # input, kept in half precision.
@@ -64,9 +68,14 @@ if hasattr(hf, "SqrtSoftplusActivation"):  # in newer versions of Transformers
 
 
 class RazorActivation(RazorModule):
-    """An activation function that stands as a module, also one that works in place."""
+    """An activation function that stands as a module, also one that works in place.
+
+    Attributes:
+        razor_gate: whether its output is multiplied with another tensor.
+    """
 
     kind = "activation"
+    razor_gate: Gate
 
     @classmethod
     def handles(cls, module: nn.Module) -> bool:
@@ -77,6 +86,7 @@ class RazorActivation(RazorModule):
     def install(cls, module: nn.Module, config: RazorConfig) -> None:
         """See `RazorModule.install`."""
         super().install(module, config)
+        module.razor_gate = Gate()
         if module.rule is not None and config.activation_bits <= 8:
             # Now, and not in the first forward: that may be traced, or run on fake tensors.
             cell_tables(module.rule, config.activation_bits)
@@ -93,18 +103,13 @@ class RazorActivation(RazorModule):
         own = bool(self._parameters or self._modules)
         parameters = dict(self.named_parameters(remove_duplicate=False)) if own else {}
         # Parametrized ones would be computed again in backward.
-        active = (
-            self.razor_active(input, *parameters.values()) and self.worth_packing(input) and not self.is_parametrized()
-        )
+        active = self.packs(input, *parameters.values()) and not self.is_parametrized()
         inplace = getattr(self, "inplace", False)
         if not active or (inplace and not self.works_in_place(input)):
             return super().forward(input)
-        bits = activation_bits(self.razor_config, input)
         if not parameters:
-            # Of tokens; a gate of feature maps has one element a channel.
-            gates = "razor_gates" in self.__dict__ and input.dim() < 4
-            spec = gate_spec(self.razor_config) if gates else None
-            return activation(input, super().forward, self.rule, bits, inplace=inplace, spec=spec)
+            return packed_activation(self, self.razor_gate, input, super().forward, self.rule, inplace)
+        bits = activation_bits(self.razor_config, input)
         forward = partial(_forward_with, self, tuple(parameters))
         return activation(input, forward, None, bits, tuple(parameters.values()), inplace)
 
@@ -121,3 +126,44 @@ class RazorActivation(RazorModule):
 def _forward_with(module: RazorActivation, names: Sequence[str], x: Tensor, *parameters: Tensor) -> Tensor:
     """The plain module's forward, with these tensors for its parameters."""
     return module.plain_class.forward(stand_in(module, dict(zip(names, parameters, strict=True))), x)
+
+
+def packed_activation(
+    module: RazorModule,
+    gate: Gate,
+    x: Tensor,
+    forward: Callable[[Tensor], Tensor],
+    rule: ActivationRule | None,
+    inplace: bool,
+) -> Tensor:
+    """`forward(x)`, an activation function with nothing to train in it, called by `module`; `x` is saved."""
+    # Of tokens; a gate of feature maps has one element a channel.
+    spec = gate_spec(module.razor_config) if gate.multiplied and x.dim() < 4 else None
+    y = activation(x, forward, rule, activation_bits(module.razor_config, x), inplace=inplace, spec=spec)
+    if not gate.multiplied:
+        _Activated(gate).attach(y)
+    return y
+
+
+def note_multiplied(x: Tensor) -> None:
+    """Note that `x`, which an activation function may have returned, is multiplied with another tensor.
+
+    That function saves its input in another way from now on. Not under checkpointing, which has to save the same once
+    more.
+    """
+    activated = _Activated.of(x) or (None if x._base is None else _Activated.of(x._base))
+    if activated is not None and not in_checkpoint():
+        activated.gate.multiplied = True
+
+
+@dataclass
+class _Activated(Note):
+    """What an activation function returned.
+
+    Attributes:
+        gate: the function's.
+    """
+
+    name = "_razor_activated"
+
+    gate: Gate

@@ -28,6 +28,7 @@ from ..config import RazorConfig
 from ..functional import recomputed_attention, sparse_attention
 from ..packing import PackSpec, pack_spec
 from .base import RazorModule, describe, forward_source, input_spec, stand_in
+from .own_calls import without_own_calls
 from .probe import operator_running
 
 logger = logging.get_logger(__name__)
@@ -146,10 +147,11 @@ def razor_attention_forward(
     Returns the output and, as the SDPA path does, None for the attention weights.
     """
     function = _plain_function(module)
-    if not module.razor_active(query, key, value) or not module.worth_packing(query):
-        return function(module, query, key, value, attention_mask, **kwargs)
-    with operator_running():
-        return _packed_attention(module, function, query, key, value, attention_mask, kwargs)
+    with without_own_calls():
+        if not module.packs(query, key, value):
+            return function(module, query, key, value, attention_mask, **kwargs)
+        with operator_running():
+            return _packed_attention(module, function, query, key, value, attention_mask, kwargs)
 
 
 def _packed_attention(

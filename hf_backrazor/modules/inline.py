@@ -1,77 +1,63 @@
-"""Operators that a module's own forward applies without a module for them.
+"""Operators that a module's own code applies without a module for them.
 
-Model code calls `torch.nn.functional` directly: dropout in OPT, BART and Whisper, convolutions and norms in BiT,
-pooling and activation functions in many a network for images. And it multiplies: a gated MLP (`act(gate) * up`, in
-Llama and its kin), a gate of channels (squeeze and excitation), a trained vector (PEFT's DoRA and IA3, layer scale).
-The model itself resizes logits before its loss, in dense prediction.
+Model code calls functions of torch: dropout in OPT, BART and Whisper, convolutions and norms in BiT, pooling and
+activation functions in many a network for images. And it multiplies: a gated MLP (`act(gate) * up`, in Llama and its
+kin), a gate of channels (squeeze and excitation), a trained vector (PEFT's DoRA and IA3, layer scale). The model itself
+resizes logits before its loss, in dense prediction. Which module does so is seen when it runs.
 """
 
 from __future__ import annotations
 
 import functools
-import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from ..compat import in_checkpoint
 from ..config import RazorConfig
 from .activation import RazorActivation
-from .base import RazorModule, describe, forward_source, input_spec, norm_spec, whole_shape
+from .base import RazorModule, describe, input_spec, norm_spec
 from .calls import CALLS
-from .own_calls import OwnCalls
-from .resized_logits import resizes_logits
+from .own_calls import Calls, OwnCalls, without_own_calls
+from .probe import is_dense
 
-_FUNCTIONAL = r"\b(?:functional|F)\."
-# Kind of function -> how its calls are written.
-_CALLED = {
-    "dropout": re.compile(_FUNCTIONAL + r"dropout\("),
-    "activation": re.compile(
-        _FUNCTIONAL + r"(?:relu6?|gelu|silu|mish|hardswish|hardsigmoid|leaky_relu)\(|\btorch\.relu\("
-    ),
-    "linear": re.compile(_FUNCTIONAL + r"linear\("),
-    "convolution": re.compile(_FUNCTIONAL + r"conv[123]d\(|\b_conv_forward\("),
-    "norm": re.compile(_FUNCTIONAL + r"(?:layer|group|batch)_norm\("),
-    "pooling": re.compile(_FUNCTIONAL + r"(?:max|avg|adaptive_avg)_pool2d\("),
-    "padding": re.compile(_FUNCTIONAL + r"pad\(|\bapply_tf_padding\("),  # the latter in MobileNets
-}
-_SUPER = re.compile(r"\bsuper\(\)\.forward\(")
-_PRODUCT = re.compile(r"[^*]\*\s*[\w(]|\bmul(?:tiply)?\(")
-
-# Layers whose forward is one call; a subclass with a forward of its own makes it through `super()`.
-_LAYERS = {
-    nn.LayerNorm: "norm",
-    nn.GroupNorm: "norm",
-    nn.modules.batchnorm._BatchNorm: "norm",
-    nn.Linear: "linear",
-    nn.modules.conv._ConvNd: "convolution",
-}
+# Of torch's own layers, those that call more than one function.
+_COMPOSED = (nn.MultiheadAttention, nn.RNNBase, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 class RazorInline(RazorModule):
-    """A module whose forward calls functions of `torch.nn.functional` that razor has operators for, or multiplies the
-    output of an activation function, or multiplies by a vector that it trains, or resizes logits for a loss."""
+    """A module with code of its own: the functions in it that razor has operators for are replaced when it runs.
 
-    kind = "inline"
-    runs_own_code = True
-    # These are the decoder layers that FSDP and device maps know by the name of their class.
+    It may have an operator besides, as attention that drops by itself.
+
+    Attributes:
+        razor_calls: what was seen so far.
+        compiles: whether the compiler is left the module, and compiles what it calls as the plain one does.
+    """
+
+    # Decoder layers among them, which FSDP and device maps know by the name of their class.
     name_prefix = ""
+    runs_own_code = True
+    compiles: ClassVar[bool] = False
+    razor_calls: Calls
 
     @classmethod
     def handles(cls, module: nn.Module) -> bool:
         """See `RazorModule.handles`."""
-        if type(module).__module__.startswith("torch.nn."):
-            # These have operators of their own, but for a convolution that pads before it calls the function.
-            return isinstance(module, nn.modules.conv._ConvNd) and module.padding_mode != "zeros"
-        return bool(_called(module)) or _multiplies(module) or _scales(module) or resizes_logits(module)
+        if type(module).__module__.startswith("torch."):
+            # A convolution that pads in another way calls one function for that, and one more.
+            pads = isinstance(module, nn.modules.conv._ConvNd) and module.padding_mode != "zeros"
+            return pads or isinstance(module, _COMPOSED)
+        return not isinstance(module, (nn.ModuleList, nn.ModuleDict))
 
     @classmethod
     def install(cls, module: nn.Module, config: RazorConfig) -> None:
         """See `RazorModule.install`."""
         super().install(module, config)
-        if _multiplies(module):
-            for gate in _activations(module):
-                gate.razor_gates = True
+        module.razor_calls = Calls()
 
     @classmethod
     def members(cls, extended: type[nn.Module]) -> dict[str, Any]:
@@ -79,12 +65,30 @@ class RazorInline(RazorModule):
 
         @functools.wraps(extended.forward)
         def forward(self: RazorInline, *args: Any, **kwargs: Any) -> Any:
-            if not (self.training and self.razor_enabled) or torch.compiler.is_compiling():
+            calls = self.razor_calls
+            plain = not (self.training and self.razor_enabled)
+            if torch.compiler.is_compiling():
+                plain = plain or cls.compiles or calls.seen_nothing
+            if plain or calls.rest():
                 return extended.forward(self, *args, **kwargs)
-            with OwnCalls(self, CALLS):
-                return extended.forward(self, *args, **kwargs)
+            return _watch(self, functools.partial(extended.forward, self), args, kwargs)
 
-        return {"forward": forward}
+        if issubclass(extended, RazorModule):
+            return {"forward": forward}
+
+        def __call__(self: RazorInline, *args: Any, **kwargs: Any) -> Any:
+            # The compiler reads the forward of a module that calls nothing.
+            if torch.compiler.is_compiling():
+                return extended.__call__(self, *args, **kwargs)
+            with without_own_calls():
+                return extended.__call__(self, *args, **kwargs)
+
+        return {"forward": forward, "__call__": __call__}
+
+    @property
+    def kind(self) -> str:
+        """See `RazorModule`: that of its operator, if it has one."""
+        return getattr(super(), "kind", None) or ("inline" if self.razor_calls.kinds else "other")
 
     def razor_repr(self) -> str:
         """See `RazorModule.razor_repr`."""
@@ -98,55 +102,45 @@ class RazorInline(RazorModule):
             "norm": f"functional norm, {normed} of {config.norm}",
             "pooling": "functional pooling",
             "padding": "padding that is restored",
+            "gate": f"gated product in {config.activation_bits} bits",
+            "scale": f"scaled tensor, {packed}",
+            "logits": "loss in bands, resized logits on demand",
         }
-        what = [details[kind] for kind in _called(self)]
-        if _multiplies(self):
-            what.append(f"gated product in {config.activation_bits} bits")
-        if _scales(self):
-            what.append(f"scaled tensor, {packed}")
-        if resizes_logits(self):
-            what.append("loss in bands, resized logits on demand")
-        return "razor=" + ", ".join(what)
+        own = super().razor_repr()
+        seen = self.__dict__["razor_calls"].kinds if "razor_calls" in self.__dict__ else {}
+        what = ([own.removeprefix("razor=")] if own else []) + [details[kind] for kind in seen]
+        return "razor=" + ", ".join(what) if what else ""
 
 
 class RazorOutermost(RazorInline):
-    """The model itself, where its forward is such. The compiler is left it: it would compile nothing otherwise."""
+    """The model itself. The compiler would compile nothing if its code ran without."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the plain module's."""
-        return super(RazorModule, self).__call__(*args, **kwargs)
+    compiles = True
 
 
-def _plain(module: nn.Module) -> type[nn.Module]:
-    return module.plain_class if isinstance(module, RazorModule) else type(module)
+def count_gates(model: nn.Module) -> int:
+    """How many activation functions in `model` are known to be gates: their output was multiplied."""
+    gates = [module.razor_calls.gate for module in model.modules() if isinstance(module, RazorInline)]
+    gates += [module.razor_gate for module in model.modules() if isinstance(module, RazorActivation)]
+    return sum(gate.multiplied for gate in gates)
 
 
-def _called(module: nn.Module) -> list[str]:
-    """Kinds of functions that the forward calls."""
-    source = forward_source(_plain(module))
-    kinds = [kind for kind, words in _CALLED.items() if words.search(source)]
-    if _SUPER.search(source):
-        kinds += [kind for layer, kind in _LAYERS.items() if isinstance(module, layer) and kind not in kinds]
-    return kinds
+# A function, as the class that is extended may have methods of any name.
+@torch.compiler.disable(reason="functions are replaced by razor's operators")
+def _watch(module: RazorInline, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What `function`, the forward of what was extended, returns, with its own calls replaced."""
+    calls = module.razor_calls
+    # One that is computed again under checkpointing has to save what it saved before.
+    undecided = not calls.kinds and (_is_idle(module, args, kwargs) or (calls.forwards and in_checkpoint()))
+    if undecided or is_dense() or not torch.is_grad_enabled():
+        return function(*args, **kwargs)
+    with without_own_calls(), OwnCalls(module, CALLS, (args, kwargs)):
+        result = function(*args, **kwargs)
+    calls.forwards += 1
+    return result
 
 
-def _multiplies(module: nn.Module) -> bool:
-    if not _PRODUCT.search(forward_source(_plain(module))):
-        return False
-    return bool(_activations(module))
-
-
-def _activations(module: nn.Module) -> list[nn.Module]:
-    """The activation functions of a module, or of a sequence in it."""
-    inner = [part for child in module.children() if isinstance(child, nn.Sequential) for part in child]
-    within = (*module.children(), *inner)
-    return [m for m in within if isinstance(m, RazorActivation) or RazorActivation.handles(m)]
-
-
-def _scales(module: nn.Module) -> bool:
-    # PEFT keeps a vector for each adapter in a dictionary. Norms have an operator of their own, or a warning.
-    owners = [module, *(child for child in module.children() if isinstance(child, nn.ParameterDict))]
-    shapes = [whole_shape(parameter) for owner in owners for parameter in owner.parameters(recurse=False)]
-    if not shapes or any(shape.numel() != max(shape, default=0) for shape in shapes):
-        return False
-    return not type(module).__name__.endswith("Norm") and bool(_PRODUCT.search(forward_source(_plain(module))))
+def _is_idle(module: RazorInline, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether this forward shows nothing, as there are no gradients in it."""
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    return not module.razor_active(*tensors, *module.parameters())

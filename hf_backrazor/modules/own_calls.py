@@ -2,52 +2,142 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
-from torch import nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
+import torch
+from torch import Tensor, nn
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode,
+    _get_current_function_mode_stack,
+    _pop_mode_temporarily,
+)
 
+from ..extension import Extension
 from .probe import operator_running
 
 _NOTHING = nullcontext()
 
 
-class OwnCalls(TorchFunctionMode):
-    """On while the code of `module` runs: `calls` says for a function what takes its place."""
+class Call(NamedTuple):
+    """What takes the place of a function of torch.
 
-    def __init__(self, module: nn.Module, calls: Mapping[Callable[..., Any], Callable[..., Any]]) -> None:
+    Attributes:
+        kind: of function.
+        replacement: called with the module whose code calls, and the function's arguments. Where it returns
+            NotImplemented, the function itself is called.
+        common: whether all sorts of code calls the function, so that it counts where it is replaced alone.
+        sees_inputs: whether the replacement also takes `inputs`, what the module was called with.
+    """
+
+    kind: str
+    replacement: Callable[..., Any]
+    common: bool = False
+    sees_inputs: bool = False
+
+
+class Gate:
+    """Whether what an activation function returns is multiplied with another tensor. Replicas of a model share it."""
+
+    multiplied = False
+
+
+class Calls:
+    """What a module's own code was seen to call. Replicas of a model share it.
+
+    Under the mode each function of torch takes 3 microseconds more. So it is on in every forward where something was
+    seen, and in the forwards 1, 2, 4, 8, ... where nothing was yet: code may take another way later.
+
+    Attributes:
+        kinds: of functions, in the order that they were seen in.
+        forwards: how many there were that count: in training, with gradients.
+        gate: of the activation functions among them.
+    """
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, None] = {}
+        self.forwards = 0
+        self.gate = Gate()
+
+    @property
+    def seen_nothing(self) -> bool:
+        """Whether there was a forward, and nothing was seen."""
+        return self.forwards > 0 and not self.kinds
+
+    def rest(self) -> bool:
+        """Whether the next forward goes without the mode; it is counted if so."""
+        if self.kinds or not self.forwards & (self.forwards + 1):
+            return False
+        self.forwards += 1
+        return True
+
+
+class OwnCalls(TorchFunctionMode):
+    """On while the own code of `module` runs.
+
+    Args:
+        module: a module with `razor_calls`.
+        table: for a function, what may take its place, in order.
+        inputs: what the module was called with.
+    """
+
+    def __init__(self, module: nn.Module, table: Mapping[Callable[..., Any], tuple[Call, ...]], inputs: Any) -> None:
         super().__init__()
-        self._module, self._calls = module, calls
+        self._module, self._table, self._inputs = module, table, inputs
+        self._paused = False
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        call = self._calls.get(func)
-        if call is not None and _runs_now(self._module):
-            with operator_running():
-                result = call(self._module, *args, **kwargs)
-            if result is not NotImplemented:
-                return result
+        calls = () if self._paused else self._table.get(func, ())
+        if calls and all(map(_leaves_functions_alone, types)):
+            for kind, replacement, common, sees_inputs in calls:
+                more = {"inputs": self._inputs} if sees_inputs else {}
+                with operator_running():
+                    result = replacement(self._module, *args, **kwargs, **more)
+                if result is not NotImplemented or not common:
+                    self._module.razor_calls.kinds[kind] = None
+                if result is not NotImplemented:
+                    return result
         return func(*args, **kwargs)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside this context it replaces nothing."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+
+class Apart(Extension):
+    """A module that stays as it is, inside of one whose own calls are replaced: what it calls is none of these."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the plain module's."""
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        with without_own_calls():
+            return super().__call__(*args, **kwargs)
 
 
 def without_own_calls() -> AbstractContextManager:
-    """Switches the mode off for a module inside of the one that runs.
+    """Switches the mode off for what is no code of the module's own, such as a module inside of it.
 
-    It would take none of the calls there, but see each, and cost 3 microseconds a call: a third of what razor's Python
-    takes in a MobileNetV2.
+    There each function would cost 3 microseconds: a third of what razor's Python takes in a MobileNetV2.
     """
-    return _pop_mode_temporarily() if isinstance(_get_current_function_mode(), OwnCalls) else _NOTHING
+    top = _get_current_function_mode()
+    if top is None:
+        return _NOTHING
+    if isinstance(top, OwnCalls):
+        return _pop_mode_temporarily()
+    # Somebody else's is on as well, such as that of `torch.device`.
+    modes = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, OwnCalls)]
+    return modes[-1].paused() if modes else _NOTHING
 
 
-def _runs_now(module: nn.Module) -> bool:
-    """Whether `module` is the innermost one whose code is running, itself or in a function that it called."""
-    frame = sys._getframe(2)
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, nn.Module):
-            return owner is module
-        frame = frame.f_back
-    return False
+def _leaves_functions_alone(cls: type) -> bool:
+    """Whether tensors of this class are plain ones to the functions of torch: not logits that are not there yet."""
+    return cls in (Tensor, nn.Parameter) or cls.__torch_function__ is torch._C._disabled_torch_function_impl
