@@ -25,6 +25,15 @@ def no_frame_of_its_own(function: _Function) -> _Function:
     return function
 
 
+def code_of_its_own(function: _Function) -> _Function:
+    """Give a function that is made once for each class a code object of its own.
+
+    The compiler counts by these how often it has traced a function, up to a limit that it warns of.
+    """
+    function.__code__ = function.__code__.replace()
+    return function
+
+
 def in_functorch_transform() -> bool:
     """Whether code runs inside of a transform of `torch.func`, or of forward-mode differentiation."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0

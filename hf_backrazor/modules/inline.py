@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..compat import in_checkpoint
+from ..compat import code_of_its_own, in_checkpoint, no_frame_of_its_own
 from ..config import RazorConfig
 from .activation import RazorActivation
 from .base import RazorModule, describe, input_spec, norm_spec
@@ -63,6 +63,7 @@ class RazorInline(RazorModule):
     def members(cls, extended: type[nn.Module]) -> dict[str, Any]:
         """See `Extension.members`: a forward with the plain one's signature, from which Trainer reads what it takes."""
 
+        @code_of_its_own
         @functools.wraps(extended.forward)
         def forward(self: RazorInline, *args: Any, **kwargs: Any) -> Any:
             calls = self.razor_calls
@@ -76,6 +77,7 @@ class RazorInline(RazorModule):
         if issubclass(extended, RazorModule):
             return {"forward": forward}
 
+        @no_frame_of_its_own
         def __call__(self: RazorInline, *args: Any, **kwargs: Any) -> Any:
             # The compiler reads the forward of a module that calls nothing.
             if torch.compiler.is_compiling():

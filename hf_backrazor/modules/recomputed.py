@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..compat import in_checkpoint, keeps_parametrized
+from ..compat import code_of_its_own, in_checkpoint, keeps_parametrized
 from ..config import RazorConfig
 from ..functional.checkpoint import packed_checkpoint
 from ..functional.rng import forked_rng
@@ -100,6 +100,7 @@ class RazorRecomputed(RazorModule):
     def members(cls, extended: type[nn.Module]) -> dict[str, Any]:
         """See `Extension.members`: a forward with the signature of what is extended."""
 
+        @code_of_its_own
         @functools.wraps(extended.forward)
         def forward(self: RazorRecomputed, *args: Any, **kwargs: Any) -> Any:
             if not self.training or self.razor_decision.again is False:
