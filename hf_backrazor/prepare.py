@@ -18,6 +18,7 @@ from .extension import can_extend, extend, restore, runs_its_class
 from .modules import (
     OPERATORS,
     Apart,
+    RazorAttention,
     RazorBlock,
     RazorInline,
     RazorLMHead,
@@ -42,6 +43,7 @@ class Choice:
         composites: those of the callers that are computed again if they save much that no operator takes.
         present: names of callers that were prepared before.
         apart: modules that are not targeted, inside of callers.
+        reasons: name of a caller -> why it looks like razor's business, and stays as it is if it calls nothing.
         blocks: name -> a module that is computed again as a whole.
         dense: why modules that look like razor's business are left -> their names.
     """
@@ -50,6 +52,7 @@ class Choice:
     callers: dict[str, tuple[nn.Module, type[RazorInline]]] = field(default_factory=dict)
     composites: dict[str, nn.Module] = field(default_factory=dict)
     present: set[str] = field(default_factory=set)
+    reasons: dict[str, str] = field(default_factory=dict)
     apart: dict[str, nn.Module] = field(default_factory=dict)
     blocks: dict[str, nn.Module] = field(default_factory=dict)
     dense: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -90,6 +93,8 @@ class Choice:
         try:
             for name, module, operator in every:
                 operator.install(module, config.resolve(name))
+            for name, reason in self.reasons.items():
+                self.callers[name][0].razor_reason = reason
             for module in self.apart.values():
                 extend(module, Apart)
             stack_blocks(self.blocks)
@@ -143,8 +148,12 @@ def choose_operators(
         elif operator is not None:
             choice.operators[name] = (module, operator)
         elif matches_target(config, name) and not _is_inside(name, choice.composites):
-            for reason in filter(None, (operator.cannot_handle(module) for operator in OPERATORS)):
-                choice.dense[reason].append(name)
+            for operator in OPERATORS:
+                reason = operator.cannot_handle(module)
+                if reason is not None and name in choice.callers and operator is not RazorAttention:
+                    choice.reasons[name] = reason
+                elif reason is not None:
+                    choice.dense[reason].append(name)
     return choice
 
 

@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from .modules import RazorBlock, RazorLMHead, RazorModule, sees_probes
+from .modules import RazorBlock, RazorInline, RazorLMHead, RazorModule, sees_probes
+from .prepare import warn_dense
 
 
 def is_first_forward(model: nn.Module) -> bool:
@@ -26,6 +27,7 @@ def is_first_forward(model: nn.Module) -> bool:
 def watched_forward(model: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`forward(*args, **kwargs)` of `model`, with warnings of what razor cannot see or do there.
 
+    - Layers with a forward of their own in which nothing was seen that razor has an operator for.
     - Layers whose weight is used without the layer being called: what that computation saves stays dense.
     - Activation checkpointing: it saves next to nothing already, so that razor gains little.
     - A cache of keys and values: it keeps them whole, beside the packed ones.
@@ -38,8 +40,17 @@ def watched_forward(model: nn.Module, forward: Callable[..., Any], *args: Any, *
         warnings.warn(
             "saved dense, as the weight is used without calling the layer: " + ", ".join(uses.found), stacklevel=3
         )
+    _notice_own_forwards(model)
     _notice_cache(output)
     return output
+
+
+def _notice_own_forwards(model: nn.Module) -> None:
+    dense: dict[str, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        if isinstance(module, RazorInline) and module.razor_reason and module.kind == "other":
+            dense[module.razor_reason].append(name)
+    warn_dense(dense, stacklevel=4)
 
 
 def _notice_cache(output: Any) -> None:

@@ -63,6 +63,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "method": lambda x: x.relu(),
     "in place": lambda x: x.add(0).relu_(),
     "torch.relu_": lambda x: torch.relu_(x + 0),
+    "statement": lambda x: [h := x + 0, h.relu_()][0],
     "F.leaky_relu_": lambda x: F.leaky_relu_(x + 0, 0.1),
     "torch.sigmoid": torch.sigmoid,
     "F.sigmoid": F.sigmoid,

@@ -26,7 +26,6 @@ from ..functional import (
     batch_norm,
     convolution,
     convolution_same,
-    dropout,
     group_norm,
     layer_norm,
     linear,
@@ -56,14 +55,9 @@ from ..functional.sharing import origin_of
 from .activation import note_multiplied, packed_activation
 from .base import RazorModule, input_spec, linear_spec, map_norm_spec, norm_spec, product_spec
 from .batch_norm import batch_norm_spec, has_statistics
+from .dropout import packed_dropout
 from .own_calls import Call
 from .resized_logits import LazyResizedLogits
-
-
-def _dropout(module: RazorModule, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
-    if not (training and 0 < p < 1 and module.packs(input)) or (inplace and not module.works_in_place(input)):
-        return NotImplemented
-    return dropout(input, p, inplace)
 
 
 def _activation(
@@ -74,7 +68,8 @@ def _activation(
     def call(module: RazorModule, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         others = {**dict(zip(parameters, args, strict=False)), **kwargs}
         inplace = always_inplace or others.get("inplace", False)
-        if not module.packs(input) or (inplace and not module.works_in_place(input)):
+        unknown = len(args) > len(parameters) or not others.keys() <= parameters.keys()
+        if unknown or not module.packs(input) or (inplace and not module.works_in_place(input)):
             return NotImplemented
         gate = module.razor_calls.gate
         return packed_activation(module, gate, input, lambda x: function(x, **others), rule(**others), inplace)
@@ -300,7 +295,7 @@ def _are_tensors(*values: Any) -> bool:
 
 
 _KINDS: dict[str, dict[Callable[..., Any], Callable[..., Any]]] = {
-    "dropout": {F.dropout: _dropout},
+    "dropout": {F.dropout: packed_dropout},
     "activation": {
         **_activations("relu relu_", _rule(RELU)),
         **_activations("relu6", _rule(RELU6)),

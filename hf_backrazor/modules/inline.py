@@ -35,6 +35,7 @@ class RazorInline(RazorModule):
 
     Attributes:
         razor_calls: what was seen so far.
+        razor_reason: why it stays dense if nothing is seen, where a user would not expect that.
         compiles: whether the compiler is left the module, and compiles what it calls as the plain one does.
     """
 
@@ -43,6 +44,7 @@ class RazorInline(RazorModule):
     runs_own_code = True
     compiles: ClassVar[bool] = False
     razor_calls: Calls
+    razor_reason: str | None
 
     @classmethod
     def handles(cls, module: nn.Module) -> bool:
@@ -57,7 +59,7 @@ class RazorInline(RazorModule):
     def install(cls, module: nn.Module, config: RazorConfig) -> None:
         """See `RazorModule.install`."""
         super().install(module, config)
-        module.razor_calls = Calls()
+        module.razor_calls, module.razor_reason = Calls(), None
 
     @classmethod
     def members(cls, extended: type[nn.Module]) -> dict[str, Any]:

@@ -45,8 +45,7 @@ class RazorLMHead(RazorLinear):
         """As the plain module; in training the logits are computed when they are needed."""
         if torch.compiler.is_compiling():
             return self.plain_class.forward(self, input)
-        active = self.razor_active(input, parameters=("weight",)) and self.worth_packing(input)
-        if not active or _leaves_after_forward(self):
+        if not self.packs(input, parameters=("weight",)) or _leaves_after_forward(self):
             return super().forward(input)
         return LazyLogits(input, self.weight, self.bias)
 
