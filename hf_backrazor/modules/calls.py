@@ -254,7 +254,8 @@ def _interpolate(
 
     They get the size of labels or of images, which are what the model is called with, and no gradient goes through.
     """
-    if size is None or mode not in MODES or antialias or input.dim() != 4 or not module.packs(input):
+    classes = isinstance(input, Tensor) and input.dim() == 4 and input.shape[1] > 1
+    if size is None or mode not in MODES or antialias or not classes or not module.packs(input):
         return NotImplemented
     height, width = (size, size) if isinstance(size, int) else size
     if height * width <= input.shape[2:].numel():  # the gradient of the logits would be no smaller
@@ -268,7 +269,10 @@ def _interpolate(
 def _gated(module: RazorModule, input: Any, other: Any, *, out: Tensor | None = None) -> Any:
     """A product of which a factor can be restored from what an activation function saves."""
     x, y = input, other
-    if not _are_tensors(x, y) or out is not None or x.shape != y.shape or x.dtype != y.dtype or not module.packs(x, y):
+    if not _are_tensors(x, y) or out is not None or x.shape != y.shape or x.dtype != y.dtype:
+        return NotImplemented
+    # Dense, a factor without a gradient, such as a mask, is all that is saved.
+    if not (x.requires_grad and y.requires_grad and module.packs(x, y)):
         return NotImplemented
     origins = [origin.layout for factor in (x, y) if (origin := origin_of(factor)) is not None]
     if not any(layout.coarse or isinstance(layout, ActivatedLayout) for layout in origins):
