@@ -20,8 +20,11 @@ from .prepare import warn_dense
 
 def is_first_forward(model: nn.Module) -> bool:
     """Whether a call of `model` now would be a training forward with its own weights, so that it shows something."""
-    # In an estimate other tensors are in place of the weights.
-    return model.training and torch.is_grad_enabled() and detect_fake_mode() is None
+    if not (model.training and torch.is_grad_enabled()):
+        return False
+    # In an estimate other tensors are in place of the weights. And the dense half of a report shows no calls.
+    enabled = all(module.razor_enabled for module in model.modules() if isinstance(module, RazorModule))
+    return enabled and detect_fake_mode() is None
 
 
 def watched_forward(model: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -45,11 +48,17 @@ def watched_forward(model: nn.Module, forward: Callable[..., Any], *args: Any, *
     return output
 
 
+# Kinds of functions that are all that a layer does.
+_LAYERS = {"linear", "convolution", "norm", "pooling"}
+
+
 def _notice_own_forwards(model: nn.Module) -> None:
     dense: dict[str, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
-        if isinstance(module, RazorInline) and module.razor_reason and module.kind == "other":
-            dense[module.razor_reason].append(name)
+        reason = module.razor_reason if isinstance(module, RazorInline) else None
+        # A product may be part of a norm of any kind.
+        if reason and module.razor_calls.forwards and not _LAYERS.intersection(module.razor_calls.kinds):
+            dense[reason].append(name)
     warn_dense(dense, stacklevel=4)
 
 
