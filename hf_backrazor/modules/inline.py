@@ -134,17 +134,20 @@ def count_gates(model: nn.Module) -> int:
 def _watch(module: RazorInline, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What `function`, the forward of what was extended, returns, with its own calls replaced."""
     calls = module.razor_calls
-    # One that is computed again under checkpointing has to save what it saved before.
-    undecided = not calls.kinds and (_is_idle(module, args, kwargs) or (calls.forwards and in_checkpoint()))
-    if undecided or is_dense() or not torch.is_grad_enabled():
+    if is_dense() or not torch.is_grad_enabled() or (not calls.kinds and _is_idle(module, args, kwargs)):
+        return function(*args, **kwargs)
+    # Under checkpointing, a forward has to save the second time what it saved the first time.
+    watched = bool(calls.kinds) or calls.forwards == 0 or not in_checkpoint()
+    calls.forwards += 1
+    if not watched:
         return function(*args, **kwargs)
     with without_own_calls(), OwnCalls(module, CALLS, (args, kwargs)):
-        result = function(*args, **kwargs)
-    calls.forwards += 1
-    return result
+        return function(*args, **kwargs)
 
 
 def _is_idle(module: RazorInline, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether this forward shows nothing, as there are no gradients in it."""
+    if getattr(module, "_is_replica", False):  # of DataParallel, which leaves it no parameters
+        return False
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     return not module.razor_active(*tensors, *module.parameters())
