@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -137,12 +138,11 @@ def _watch(module: RazorInline, function: Callable[..., Any], args: tuple[Any, .
     if is_dense() or not torch.is_grad_enabled() or (not calls.kinds and _is_idle(module, args, kwargs)):
         return function(*args, **kwargs)
     # Under checkpointing, a forward has to save the second time what it saved the first time.
-    watched = bool(calls.kinds) or calls.forwards == 0 or not in_checkpoint()
+    known = not calls.kinds and calls.forwards and in_checkpoint()
+    with without_own_calls(), nullcontext() if known else OwnCalls(module, CALLS, (args, kwargs)):
+        result = function(*args, **kwargs)
     calls.forwards += 1
-    if not watched:
-        return function(*args, **kwargs)
-    with without_own_calls(), OwnCalls(module, CALLS, (args, kwargs)):
-        return function(*args, **kwargs)
+    return result
 
 
 def _is_idle(module: RazorInline, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
