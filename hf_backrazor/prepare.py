@@ -125,7 +125,7 @@ def choose_operators(
     for name, module in model.named_modules():
         if isinstance(module, RazorInline):
             choice.present.add(name)
-        if isinstance(module, RazorModule) and not runs_its_class(module):
+        if isinstance(module, RazorModule) and module.kind != "other" and name and not runs_its_class(module):
             choice.dense["its forward was replaced on the instance"].append(name)
         prepared = isinstance(module, (RazorModule, Apart))
         if prepared or (id(module) in within and not RazorQuantizedLinear.keeps_input(module)):

@@ -9,7 +9,7 @@ be computed again (`RazorBlock`). And what a module's own code does is seen when
 
 from __future__ import annotations
 
-from .activation import RazorActivation
+from .activation import RazorActivation, count_gates
 from .adapter import RazorAdapter
 from .attention import RazorAttention
 from .base import RazorModule
@@ -18,7 +18,7 @@ from .block import RazorBlock, find_blocks, running_sums, stack_blocks
 from .convolution import RazorConvolution
 from .dropout import RazorDropout
 from .group_norm import RazorGroupNorm, RazorInstanceNorm
-from .inline import RazorInline, RazorOutermost, count_gates
+from .inline import RazorInline, RazorOutermost
 from .linear import RazorConv1D, RazorLinear
 from .lm_head import RazorLMHead
 from .norm import RazorLayerNorm, RazorRMSNorm

@@ -30,7 +30,6 @@ from ..functional.activation import (
 )
 from ..functional.notes import Note
 from .base import RazorModule, activation_bits, gate_spec, stand_in
-from .own_calls import Gate
 
 # Class -> what is known of its derivative (or how to find that for an instance). None: autograd finds it from the
 # input, kept in half precision.
@@ -65,6 +64,12 @@ RULES: dict[type[nn.Module], ActivationRule | Callable[[nn.Module], ActivationRu
 }
 if hasattr(hf, "SqrtSoftplusActivation"):  # in newer versions of Transformers
     RULES[hf.SqrtSoftplusActivation] = None
+
+
+class Gate:
+    """Whether what an activation function returns is multiplied with another tensor. Replicas of a model share it."""
+
+    multiplied = False
 
 
 class RazorActivation(RazorModule):
@@ -107,11 +112,17 @@ class RazorActivation(RazorModule):
         inplace = getattr(self, "inplace", False)
         if not active or (inplace and not self.works_in_place(input)):
             return super().forward(input)
-        if not parameters:
-            return packed_activation(self, self.razor_gate, input, super().forward, self.rule, inplace)
         bits = activation_bits(self.razor_config, input)
-        forward = partial(_forward_with, self, tuple(parameters))
-        return activation(input, forward, None, bits, tuple(parameters.values()), inplace)
+        if parameters:
+            forward = partial(_forward_with, self, tuple(parameters))
+            return activation(input, forward, None, bits, tuple(parameters.values()), inplace)
+        gate = self.razor_gate
+        # Of tokens; a gate of feature maps has one element a channel.
+        spec = gate_spec(self.razor_config) if gate.multiplied and input.dim() < 4 else None
+        y = activation(input, super().forward, self.rule, bits, inplace=inplace, spec=spec)
+        if not gate.multiplied:
+            _Activated(gate).attach(y)
+        return y
 
     def razor_repr(self) -> str:
         """See `RazorModule.razor_repr`."""
@@ -128,21 +139,9 @@ def _forward_with(module: RazorActivation, names: Sequence[str], x: Tensor, *par
     return module.plain_class.forward(stand_in(module, dict(zip(names, parameters, strict=True))), x)
 
 
-def packed_activation(
-    module: RazorModule,
-    gate: Gate,
-    x: Tensor,
-    forward: Callable[[Tensor], Tensor],
-    rule: ActivationRule | None,
-    inplace: bool,
-) -> Tensor:
-    """`forward(x)`, an activation function with nothing to train in it, called by `module`; `x` is saved."""
-    # Of tokens; a gate of feature maps has one element a channel.
-    spec = gate_spec(module.razor_config) if gate.multiplied and x.dim() < 4 else None
-    y = activation(x, forward, rule, activation_bits(module.razor_config, x), inplace=inplace, spec=spec)
-    if not gate.multiplied:
-        _Activated(gate).attach(y)
-    return y
+def count_gates(model: nn.Module) -> int:
+    """How many activation functions in `model` are known to be gates."""
+    return sum(module.razor_gate.multiplied for module in model.modules() if isinstance(module, RazorActivation))
 
 
 def note_multiplied(x: Tensor) -> None:

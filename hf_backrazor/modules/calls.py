@@ -21,6 +21,7 @@ from ..functional import (
     Geometry,
     Resizing,
     Window,
+    activation,
     adaptive_average_pool2d,
     average_pool2d,
     batch_norm,
@@ -52,8 +53,8 @@ from ..functional.interpolated_cross_entropy import MODES
 from ..functional.layouts import ActivatedLayout
 from ..functional.scaling import rows_of_scaling
 from ..functional.sharing import origin_of
-from .activation import note_multiplied, packed_activation
-from .base import RazorModule, input_spec, linear_spec, map_norm_spec, norm_spec, product_spec
+from .activation import note_multiplied
+from .base import RazorModule, activation_bits, input_spec, linear_spec, map_norm_spec, norm_spec, product_spec
 from .batch_norm import batch_norm_spec, has_statistics
 from .dropout import packed_dropout
 from .own_calls import Call
@@ -71,8 +72,8 @@ def _activation(
         unknown = len(args) > len(parameters) or not others.keys() <= parameters.keys()
         if unknown or not module.packs(input) or (inplace and not module.works_in_place(input)):
             return NotImplemented
-        gate = module.razor_calls.gate
-        return packed_activation(module, gate, input, lambda x: function(x, **others), rule(**others), inplace)
+        bits = activation_bits(module.razor_config, input)
+        return activation(input, lambda x: function(x, **others), rule(**others), bits, inplace=inplace)
 
     return call
 

@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 
 from ..compat import code_of_its_own, in_checkpoint, no_frame_of_its_own
 from ..config import RazorConfig
-from .activation import RazorActivation
 from .base import RazorModule, describe, input_spec, norm_spec
 from .calls import CALLS
 from .own_calls import Calls, OwnCalls, without_own_calls
@@ -121,13 +120,6 @@ class RazorOutermost(RazorInline):
     """The model itself. The compiler would compile nothing if its code ran without."""
 
     compiles = True
-
-
-def count_gates(model: nn.Module) -> int:
-    """How many activation functions in `model` are known to be gates: their output was multiplied."""
-    gates = [module.razor_calls.gate for module in model.modules() if isinstance(module, RazorInline)]
-    gates += [module.razor_gate for module in model.modules() if isinstance(module, RazorActivation)]
-    return sum(gate.multiplied for gate in gates)
 
 
 # A function, as the class that is extended may have methods of any name.

@@ -38,12 +38,6 @@ class Call(NamedTuple):
     sees_inputs: bool = False
 
 
-class Gate:
-    """Whether what an activation function returns is multiplied with another tensor. Replicas of a model share it."""
-
-    multiplied = False
-
-
 class Calls:
     """What a module's own code was seen to call. Replicas of a model share it.
 
@@ -53,13 +47,11 @@ class Calls:
     Attributes:
         kinds: of functions, in the order that they were seen in.
         forwards: how many there were that count: in training, with gradients.
-        gate: of the activation functions among them.
     """
 
     def __init__(self) -> None:
         self.kinds: dict[str, None] = {}
         self.forwards = 0
-        self.gate = Gate()
 
     @property
     def seen_nothing(self) -> bool:
