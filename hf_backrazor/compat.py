@@ -37,6 +37,7 @@ from torch.nn.utils import parametrize
 
 # The mode that sees functions of torch first; and a context without it.
 from torch.overrides import _get_current_function_mode as current_function_mode
+from torch.overrides import _get_current_function_mode_stack as current_function_modes
 from torch.overrides import _pop_mode_temporarily as without_current_function_mode
 from torch.torch_version import TorchVersion
 
@@ -57,6 +58,7 @@ __all__ = [
     "TorchDispatchMode",
     "TreeSpec",
     "current_function_mode",
+    "current_function_modes",
     "detect_fake_mode",
     "draw_from",
     "is_fake",
@@ -94,6 +96,15 @@ def no_frame_of_its_own(function: _Function) -> _Function:
     """
     skip = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT)
     eval_frame.set_code_exec_strategy(function.__code__, skip)
+    return function
+
+
+def code_of_its_own(function: _Function) -> _Function:
+    """Give a function that is made once for each class a code object of its own.
+
+    The compiler counts by these how often it has traced a function, up to a limit that it warns of.
+    """
+    function.__code__ = function.__code__.replace()
     return function
 
 
@@ -195,6 +206,11 @@ def address_of(storage: UntypedStorage) -> int:
 def indices_and_values(x: Tensor) -> tuple[Tensor, Tensor]:
     """The parts of a COO tensor as they are; the public methods ask that it has been coalesced."""
     return x._indices(), x._values()
+
+
+def leaves_functions_alone(cls: type) -> bool:
+    """Whether functions of torch take tensors of this class for plain ones."""
+    return getattr(cls, "__torch_function__", None) is torch._C._disabled_torch_function_impl
 
 
 def schema_of(operator: Any) -> Any:

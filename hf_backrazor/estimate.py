@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .live_memory import LiveMemory
-from .report import SavedBytes, record_saved_bytes, recording_saved_bytes, undisturbed
+from .report import SavedBytes, record_saved_bytes, recording_saved_bytes, repeated_for_gates, undisturbed
 from .shapes_only import ShapesOnly
 
 
@@ -91,8 +91,12 @@ def estimate_step_memory(
     with _on_fake_tensors(model, batch_shape, labels=True) as fake, undisturbed(model), torch.enable_grad():
         state = {f"model.{name}": x for name, x in fake.state.items()}
         step = _Step(model, fake.known)
-        with LiveMemory(fake.known) as live:
-            saved = functional_call(step, state, (), {**fake.batch, **fake.options})
+
+        def run() -> tuple[LiveMemory, SavedBytes]:
+            with LiveMemory(fake.known) as live:
+                return live, functional_call(step, state, (), {**fake.batch, **fake.options})
+
+        live, saved = repeated_for_gates(model, run)
     weights = sum(x.nbytes for x in fake.state.values())
     return StepMemory(weights, optimizer_states * trained, live.peak, saved.total)
 

@@ -111,8 +111,9 @@ class RazorModel(Extension):
         return head if lazy else None
 
     def razor_modules(self) -> Iterator[tuple[str, RazorModule]]:
-        """Names and modules that save packed activations."""
-        return ((name, module) for name, module in self.named_modules() if isinstance(module, RazorModule))
+        """Names and modules that save packed activations. Of those with code of their own, a forward shows it."""
+        razor = ((name, module) for name, module in self.named_modules() if isinstance(module, RazorModule))
+        return ((name, module) for name, module in razor if module.kind != "other")
 
     def train(self, mode: bool = True) -> RazorModel:
         """As the plain model's. Modules that came into the model since, such as adapters, get their operators here."""
@@ -145,7 +146,7 @@ class RazorModel(Extension):
     @contextmanager
     def disable_razor(self) -> Iterator[None]:
         """Save dense activations inside the context."""
-        before = [(module, module.razor_enabled) for _, module in self.razor_modules()]
+        before = [(module, module.razor_enabled) for module in self.modules() if isinstance(module, RazorModule)]
         try:
             for module, _ in before:
                 module.razor_enabled = False
@@ -247,13 +248,13 @@ def get_razor_model(model: Model, config: RazorConfig | None = None) -> Model:
                 "Generic among its bases"
             )
     take_copies(model)
-    choice = choose_operators(model, config, find_blocks(model, config) if config.recompute == "blocks" else {}, whole)
-    if unmatched := unmatched_targets(config, [*choice.operators, *choice.composites, *choice.blocks]):
+    choice = choose_operators(model, config, find_blocks(model, config) if config.recompute == "blocks" else {})
+    if unmatched := unmatched_targets(config, [*choice.operators, *choice.layers, *choice.blocks]):
         raise ValueError(
             f"no module of this {type(model).__name__} that can be replaced is matched by " + "; ".join(unmatched)
         )
     choice.keep_targets(config)
-    if not (choice.operators or choice.composites or choice.blocks):
+    if not (choice.operators or choice.layers or choice.blocks):
         raise ValueError(
             f"nothing to replace in this {type(model).__name__}: it has no layer of a kind that razor handles"
             + (" among those targeted" if config.target_modules or config.exclude_modules else "")

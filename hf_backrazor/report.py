@@ -9,15 +9,17 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .compat import tree_leaves
 from .functional.rng import HostRandomState, forked_rng
-from .modules import OPERATORS, RazorModule, RazorRecomputed, running_sums, sees_probes
+from .modules import OPERATORS, RazorModule, count_gates, running_sums, sees_probes
 from .saved_tensors import noting_saved
+
+Measured = TypeVar("Measured")
 
 # Where a module saves less than so many times less with razor, a report names the line.
 FEW = 6
@@ -173,6 +175,21 @@ def measure_saved_bytes(model: nn.Module, **batch: Any) -> SavedBytes:
 
 def record_saved_bytes(model: nn.Module, known: Iterable[Tensor], forward: Callable[[], Any]) -> SavedBytes:
     """Run `forward`, a forward of `model` in training mode, and count what it saves besides `known`."""
+    known = list(known)
+    return repeated_for_gates(model, lambda: _record(model, known, forward))
+
+
+def repeated_for_gates(model: nn.Module, measure: Callable[[], Measured]) -> Measured:
+    """What `measure`, which runs a forward of `model`, returns; for the second time if the first has shown gates.
+
+    What activation functions save whose output is multiplied is other from then on.
+    """
+    before = count_gates(model)
+    result = measure()
+    return result if count_gates(model) == before else measure()
+
+
+def _record(model: nn.Module, known: Iterable[Tensor], forward: Callable[[], Any]) -> SavedBytes:
     with undisturbed(model), recording_saved_bytes(model, known) as saved, torch.enable_grad():
         # The result holds the graph until all is counted.
         result = forward()
@@ -295,8 +312,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def _kind(module: nn.Module) -> str:
-    if isinstance(module, RazorRecomputed) and module.kind == "recomputed" and not module.razor_decision.again:
-        return "other"
     if isinstance(module, RazorModule):
         return module.kind
     return next((operator.kind for operator in OPERATORS if operator.handles(module)), "other")

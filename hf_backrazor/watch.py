@@ -13,18 +13,23 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from .compat import detect_fake_mode, tree_leaves
-from .modules import RazorBlock, RazorLMHead, RazorModule, RazorRecomputed, sees_probes
+from .modules import RazorBlock, RazorInline, RazorLMHead, RazorModule, sees_probes
+from .prepare import warn_dense
 
 
 def is_first_forward(model: nn.Module) -> bool:
     """Whether a call of `model` now would be a training forward with its own weights, so that it shows something."""
-    # In an estimate other tensors are in place of the weights.
-    return model.training and torch.is_grad_enabled() and detect_fake_mode() is None
+    if not (model.training and torch.is_grad_enabled()):
+        return False
+    # In an estimate other tensors are in place of the weights. And the dense half of a report shows no calls.
+    enabled = all(module.razor_enabled for module in model.modules() if isinstance(module, RazorModule))
+    return enabled and detect_fake_mode() is None
 
 
 def watched_forward(model: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`forward(*args, **kwargs)` of `model`, with warnings of what razor cannot see or do there.
 
+    - Layers with a forward of their own in which nothing was seen that razor has an operator for.
     - Layers whose weight is used without the layer being called: what that computation saves stays dense.
     - Activation checkpointing: it saves next to nothing already, so that razor gains little.
     - A cache of keys and values: it keeps them whole, beside the packed ones.
@@ -37,8 +42,23 @@ def watched_forward(model: nn.Module, forward: Callable[..., Any], *args: Any, *
         warnings.warn(
             "saved dense, as the weight is used without calling the layer: " + ", ".join(uses.found), stacklevel=3
         )
+    _notice_own_forwards(model)
     _notice_cache(output)
     return output
+
+
+# Kinds of functions that are all that a layer does.
+_LAYERS = {"linear", "convolution", "norm", "pooling"}
+
+
+def _notice_own_forwards(model: nn.Module) -> None:
+    dense: dict[str, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        reason = module.razor_reason if isinstance(module, RazorInline) else None
+        # A product may be part of a norm of any kind.
+        if reason and module.razor_calls.forwards and not _LAYERS.intersection(module.razor_calls.kinds):
+            dense[reason].append(name)
+    warn_dense(dense, stacklevel=4)
 
 
 def _notice_cache(output: Any) -> None:
@@ -79,7 +99,7 @@ class _WeightUse(TorchFunctionMode):
             weight = module._parameters.get("weight")  # one that is parametrized would be computed
             # A head is meant to be used so: by the loss. What has no operator saves nothing packed.
             razor = isinstance(module, RazorModule) and not isinstance(module, RazorLMHead)
-            razor = razor and module.kind != RazorRecomputed.kind
+            razor = razor and module.kind not in ("recomputed", "inline", "other")
             if razor and isinstance(weight, Tensor) and weight.requires_grad:
                 self._names[id(weight)] = name
         self._running: dict[int, int] = defaultdict(int)

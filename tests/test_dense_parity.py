@@ -317,7 +317,7 @@ def test_a_norm_over_another_dimension_is_left_alone() -> None:
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Linear(8, 8), ChannelNorm(), nn.Linear(8, 3))
     with pytest.warns(UserWarning, match="ChannelNorm is neither LayerNorm nor RMSNorm"):
-        get_razor_model(copy.deepcopy(dense), RazorConfig.preset("paper"))
+        get_razor_model(copy.deepcopy(dense), RazorConfig.preset("paper")).train()(torch.randn(2, 8, 8))
     razor = razor_of(dense)
     assert_equal_gradients(dense, razor, torch.randn(2, 8, 8))
 

@@ -336,8 +336,14 @@ def test_a_linear_layer_of_another_kind_is_named() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.addmm(self.bias, x, self.weight.t())
 
-    with pytest.warns(UserWarning, match="Odd has a forward of its own: 1"):
-        get_razor_model(nn.Sequential(nn.Linear(4, 4), Odd(4, 4)), RazorConfig.preset("paper"))
+    class Usual(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight, self.bias)
+
+    model = get_razor_model(nn.Sequential(nn.Linear(4, 4), Odd(4, 4), Usual(4, 4)), RazorConfig.preset("paper"))
+    with pytest.warns(UserWarning, match="Odd has a forward of its own: 1$"):
+        model.memory_report(input=torch.randn(3, 4))
+    assert [name for name, _ in model.razor_modules()] == ["0", "2"]
 
 
 def test_activation_checkpointing_gets_a_notice_and_the_same_gradients() -> None:

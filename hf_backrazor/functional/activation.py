@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..compat import unset_fake_temporarily
 from ..packing import Cells, CellTable, Packed, PackSpec, Steps, encode_cells, pack, pack_steps, times_steps
 from ..packing.cells import FINE
 from .differentiation import once_differentiable, replayed_gradients, restored, saved_parts, twice_differentiable
@@ -79,8 +80,8 @@ def cell_tables(rule: ActivationRule, bits: int) -> tuple[Cells, CellTable, Cell
     Each of `DEVIATIONS` has a division of its own: the one into intervals that minimises the expected squared error of
     both, found by dynamic programming.
     """
-    # Differences, not autograd: this may run inside of a forward pass whose saved tensors are counted.
-    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+    # Differences, not autograd: this may run inside of a forward pass whose saved tensors are counted. Or on fake ones.
+    with unset_fake_temporarily(), torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         deviation = torch.tensor(DEVIATIONS, dtype=torch.float64).unsqueeze(1)
         mean = MEAN * deviation
         reach = REACH * deviation

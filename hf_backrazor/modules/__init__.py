@@ -1,14 +1,15 @@
 """Razor versions of the modules that models are made of.
 
-An operator is one class, derived from `RazorModule`, in one file of this folder; `OPERATORS` lists them. Four stand
-beside the list, as a type does not tell which layer is a language model's head (`RazorLMHead`), which module is the
-model itself (`RazorOutermost`), which modules are to be computed again (`RazorBlock`), nor which save much that no
-operator takes (`RazorRecomputed`).
+An operator is one class, derived from `RazorModule`, in one file of this folder; `OPERATORS` lists them. Some stand
+beside the list, as a type does not tell which layer is a language model's head (`RazorLMHead`) or which modules are to
+be computed again (`RazorBlock`). And what a module's own code does is seen when it runs: which functions it calls
+(`RazorInline`), and whether it saves much that no operator takes
+(`RazorRecomputed`). A module may be both, and have an operator as well.
 """
 
 from __future__ import annotations
 
-from .activation import RazorActivation
+from .activation import RazorActivation, count_gates
 from .adapter import RazorAdapter
 from .attention import RazorAttention
 from .base import RazorModule
@@ -17,10 +18,11 @@ from .block import RazorBlock, find_blocks, running_sums, stack_blocks
 from .convolution import RazorConvolution
 from .dropout import RazorDropout
 from .group_norm import RazorGroupNorm, RazorInstanceNorm
-from .inline import RazorInline, RazorOutermost
+from .inline import RazorInline
 from .linear import RazorConv1D, RazorLinear
 from .lm_head import RazorLMHead, with_lazy_logits
 from .norm import RazorLayerNorm, RazorRMSNorm
+from .own_calls import Apart
 from .padding import RazorZeroPad
 from .pooling import RazorAveragePool2d, RazorMaxPool2d
 from .probe import sees_probes
@@ -43,12 +45,12 @@ OPERATORS: tuple[type[RazorModule], ...] = (
     RazorActivation,
     RazorDropout,
     RazorAttention,
-    RazorInline,
     RazorAdapter,
 )
 
 __all__ = [
     "OPERATORS",
+    "Apart",
     "RazorActivation",
     "RazorAdapter",
     "RazorAttention",
@@ -66,11 +68,11 @@ __all__ = [
     "RazorLinear",
     "RazorMaxPool2d",
     "RazorModule",
-    "RazorOutermost",
     "RazorQuantizedLinear",
     "RazorRMSNorm",
     "RazorRecomputed",
     "RazorZeroPad",
+    "count_gates",
     "find_blocks",
     "running_sums",
     "sees_probes",

@@ -28,6 +28,7 @@ from ..extension import class_cache
 from ..functional import recomputed_attention, sparse_attention
 from ..packing import PackSpec, pack_spec
 from .base import RazorModule, describe, forward_source, input_spec, stand_in
+from .own_calls import without_own_calls
 from .probe import operator_running
 
 logger = logging.get_logger(__name__)
@@ -169,11 +170,12 @@ def _attention(
     """The output; and weights, if there are any."""
     default = cast(Callable, _eager_function(module.plain_class))
     function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, default)
-    if not module.razor_active(query, key, value) or not module.worth_packing(query):
-        output, weights = function(module, query, key, value, attention_mask, **kwargs)
-        return (output,) if weights is None else (output, weights)
-    with operator_running():
-        return (_packed_attention(module, function, query, key, value, attention_mask, kwargs),)
+    with without_own_calls():
+        if not module.packs(query, key, value):
+            output, weights = function(module, query, key, value, attention_mask, **kwargs)
+            return (output,) if weights is None else (output, weights)
+        with operator_running():
+            return (_packed_attention(module, function, query, key, value, attention_mask, kwargs),)
 
 
 _attention_in_graph = traceable(_attention)

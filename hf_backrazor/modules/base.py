@@ -94,7 +94,8 @@ class RazorModule(Extension):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the plain module's."""
         if torch.compiler.is_dynamo_compiling():
-            return super().__call__(*args, **kwargs)
+            with without_own_calls():
+                return super().__call__(*args, **kwargs)
         with without_own_calls(), self._as_operator():
             return super().__call__(*args, **kwargs)
 
@@ -110,6 +111,10 @@ class RazorModule(Extension):
             parameters: names of parameters that one may be wanted for.
         """
         return self.training and self._saves_for(tensors, parameters)
+
+    def packs(self, x: Any, *others: Tensor | None, parameters: Sequence[str] = ()) -> bool:
+        """Whether this call saves `x` packed: it is a tensor worth it, and a gradient is wanted for one of them all."""
+        return isinstance(x, Tensor) and self.razor_active(x, *others, parameters=parameters) and self.worth_packing(x)
 
     def _saves_for(self, tensors: Sequence[Tensor | None], parameters: Sequence[str]) -> bool:
         if not (self.razor_enabled and torch.is_grad_enabled()) or is_dense():
@@ -261,13 +266,4 @@ def forward_source(cls: type[nn.Module]) -> str:
     try:
         return inspect.getsource(inspect.unwrap(cls.forward))
     except (OSError, TypeError):  # defined at a prompt or in C
-        return ""
-
-
-@class_cache
-def class_source(cls: type[nn.Module]) -> str:
-    """Source of the class; empty where there is none to read."""
-    try:
-        return inspect.getsource(cls)
-    except (OSError, TypeError):
         return ""

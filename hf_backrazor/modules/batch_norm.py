@@ -29,11 +29,7 @@ class RazorBatchNorm(RazorModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """As the plain module; saves x_hat or `input` packed, or nothing if statistics and weight are fixed."""
-        if (
-            not has_statistics(input)
-            or not self.razor_active(input, parameters=("weight", "bias"))
-            or not self.worth_packing(input)
-        ):
+        if not has_statistics(input) or not self.packs(input, parameters=("weight", "bias")):
             return super().forward(input)
         self._check_input_dim(input)
         momentum = self.momentum or 0.0

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from ..compat import is_traced
 from ..functional import (
     ActivationRule,
     Averaging,
@@ -27,44 +27,50 @@ from ..functional import (
     batch_norm,
     convolution,
     convolution_same,
-    dropout,
     group_norm,
     layer_norm,
     linear,
     max_pool2d,
     product,
+    rms_norm,
     scaling,
     zero_pad,
 )
-from ..functional.activation import GELU, GELU_TANH, HARDSIGMOID, HARDSWISH, MISH, RELU, RELU6, SILU, leaky_relu
+from ..functional.activation import (
+    GELU,
+    GELU_TANH,
+    HARDSIGMOID,
+    HARDSWISH,
+    MISH,
+    RELU,
+    RELU6,
+    SIGMOID,
+    SILU,
+    TANH,
+    leaky_relu,
+)
 from ..functional.interpolated_cross_entropy import MODES
 from ..functional.layouts import ActivatedLayout
 from ..functional.scaling import rows_of_scaling
 from ..functional.sharing import origin_of
+from .activation import note_multiplied
 from .base import RazorModule, activation_bits, input_spec, linear_spec, map_norm_spec, norm_spec, product_spec
 from .batch_norm import batch_norm_spec, has_statistics
-from .resized_logits import LazyResizedLogits, resizes_logits
+from .dropout import packed_dropout
+from .own_calls import Call
+from .resized_logits import LazyResizedLogits
 
 
-def _saves(module: RazorModule, x: Any, *trained: Any) -> bool:
-    """Whether `x` is a tensor worth packing, in a call with a gradient for one of the tensors."""
-    tensors = [t for t in (x, *trained) if isinstance(t, Tensor)]
-    return isinstance(x, Tensor) and module.razor_active(*tensors) and module.worth_packing(x)
-
-
-def _dropout(module: RazorModule, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
-    if not (training and 0 < p < 1 and _saves(module, input)) or (inplace and not module.works_in_place(input)):
-        return NotImplemented
-    return dropout(input, p, inplace)
-
-
-def _activation(function: Callable[..., Tensor], rule: Callable[..., ActivationRule]) -> Callable[..., Any]:
+def _activation(
+    function: Callable[..., Tensor], rule: Callable[..., ActivationRule], always_inplace: bool = False
+) -> Callable[..., Any]:
     parameters = inspect.signature(rule).parameters
 
     def call(module: RazorModule, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         others = {**dict(zip(parameters, args, strict=False)), **kwargs}
-        inplace = others.get("inplace", False)
-        if not _saves(module, input) or (inplace and not module.works_in_place(input)):
+        inplace = always_inplace or others.get("inplace", False)
+        unknown = len(args) > len(parameters) or not others.keys() <= parameters.keys()
+        if unknown or not module.packs(input) or (inplace and not module.works_in_place(input)):
             return NotImplemented
         bits = activation_bits(module.razor_config, input)
         return activation(input, lambda x: function(x, **others), rule(**others), bits, inplace=inplace)
@@ -84,8 +90,15 @@ def _rule(rule: ActivationRule) -> Callable[..., ActivationRule]:
     return lambda inplace=False: rule
 
 
+def _activations(names: str, rule: Callable[..., ActivationRule]) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Functions of these names, as torch has them: for themselves, for neural networks, and as methods."""
+    owners = (F, torch, Tensor)
+    functions = {getattr(owner, name): name for owner in owners for name in names.split() if hasattr(owner, name)}
+    return {function: _activation(function, rule, name.endswith("_")) for function, name in functions.items()}
+
+
 def _linear(module: RazorModule, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    if not _saves(module, input) or not module.razor_active(weight) or weight.dim() != 2:
+    if not module.packs(input) or not module.razor_active(weight) or weight.dim() != 2:
         return NotImplemented
     config = module.razor_config
     return linear(input, weight, bias, linear_spec(config, input), weight_gradient=config.weight_gradient)
@@ -104,7 +117,7 @@ def _convolution(dimensions: int) -> Callable:
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
     ) -> Any:
-        if input.dim() != weight.dim() or not _saves(module, input, weight):
+        if input.dim() != weight.dim() or not module.packs(input, weight):
             return NotImplemented
         spec = input_spec(module.razor_config, dimensions)
         if padding == "same":
@@ -124,10 +137,23 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Any:
-    if not _saves(module, input, weight):
+    if not module.packs(input, weight):
         return NotImplemented
     config = module.razor_config
     return layer_norm(input, normalized_shape, weight, bias, eps, norm_spec(config), stores=config.norm)
+
+
+def _rms_norm(
+    module: RazorModule,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Any:
+    if len(normalized_shape) != 1 or input.shape[-1:] != tuple(normalized_shape) or not module.packs(input, weight):
+        return NotImplemented
+    config = module.razor_config
+    return rms_norm(input, weight, eps, norm_spec(config), stores=config.norm)
 
 
 def _group_norm(
@@ -139,7 +165,7 @@ def _group_norm(
     eps: float = 1e-5,
 ) -> Any:
     # Of one value torch refuses to take statistics.
-    if input.dim() < 3 or input.numel() == num_groups or not _saves(module, input, weight):
+    if input.dim() < 3 or input.numel() == num_groups or not module.packs(input, weight):
         return NotImplemented
     config = module.razor_config
     spec = map_norm_spec(config, input.dim() - 2)
@@ -159,7 +185,7 @@ def _batch_norm(
 ) -> Any:
     # With fixed statistics, missing ones are for torch to refuse.
     missing = not training and (running_mean is None or running_var is None)
-    if missing or not has_statistics(input) or not _saves(module, input, weight, bias):
+    if missing or not has_statistics(input) or not module.packs(input, weight, bias):
         return NotImplemented
     config = module.razor_config
     spec = batch_norm_spec(config, input)
@@ -177,7 +203,7 @@ def _max_pool2d(
     return_indices: bool = False,
 ) -> Any:
     window = Window.of(kernel_size, stride, padding, dilation, ceil_mode)
-    if return_indices or window.places > Window.MOST_PLACES or not _saves(module, input):
+    if return_indices or window.places > Window.MOST_PLACES or not module.packs(input):
         return NotImplemented
     return max_pool2d(input, window)
 
@@ -192,14 +218,14 @@ def _average_pool2d(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Any:
-    if not _saves(module, input):
+    if not module.packs(input):
         return NotImplemented
     averaging = Averaging.of(kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
     return average_pool2d(input, averaging)
 
 
 def _adaptive_average_pool2d(module: RazorModule, input: Tensor, output_size: int | Sequence[int | None]) -> Any:
-    if not _saves(module, input):
+    if not module.packs(input):
         return NotImplemented
     return adaptive_average_pool2d(input, output_size)
 
@@ -208,7 +234,7 @@ def _pad(
     module: RazorModule, input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
 ) -> Any:
     spatial = isinstance(input, Tensor) and input.dim() > 2 and len(pad) <= 2 * (input.dim() - 2)
-    if mode != "constant" or value or not spatial or not _saves(module, input):
+    if mode != "constant" or value or not spatial or not module.packs(input):
         return NotImplemented
     return zero_pad(input, pad)
 
@@ -222,63 +248,92 @@ def _interpolate(
     align_corners: bool | None = None,
     recompute_scale_factor: bool | None = None,
     antialias: bool = False,
+    *,
+    inputs: Any,
 ) -> Any:
-    """The logits of a model that resizes them before its loss: not before they are needed."""
-    wanted = resizes_logits(module) and mode in MODES and not antialias
-    # A graph of the compiler holds no lazy tensors.
-    if not wanted or size is None or is_traced() or not _saves(module, input) or input.dim() != 4:
+    """The logits of a model that resizes them before its loss: not before they are needed.
+
+    They get the size of labels or of images, which are what the model is called with, and no gradient goes through.
+    """
+    classes = isinstance(input, Tensor) and input.dim() == 4 and input.shape[1] > 1
+    if size is None or mode not in MODES or antialias or not classes or not module.packs(input):
         return NotImplemented
     height, width = (size, size) if isinstance(size, int) else size
     if height * width <= input.shape[2:].numel():  # the gradient of the logits would be no smaller
         return NotImplemented
+    given = (x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim() > 2 and not x.requires_grad)
+    if (height, width) not in (tuple(x.shape[-2:]) for x in given):
+        return NotImplemented
     return LazyResizedLogits(input, Resizing((height, width), mode, align_corners))
 
 
-def _multiply(module: RazorModule, x: Any, y: Any) -> Any:
-    if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
-        return NotImplemented
-    if x.shape == y.shape:
-        return _gated(module, x, y)
-    for factor, scale in ((x, y), (y, x)):
-        # Only then would the other factor be saved for it.
-        rows = rows_of_scaling(factor, scale) if scale.requires_grad else None
-        if rows is not None and _saves(module, factor, scale):
-            return scaling(factor, scale, input_spec(module.razor_config, rows))
-    return NotImplemented
-
-
-def _gated(module: RazorModule, x: Tensor, y: Tensor) -> Any:
+def _gated(module: RazorModule, input: Any, other: Any, *, out: Tensor | None = None) -> Any:
     """A product of which a factor can be restored from what an activation function saves."""
-    if x.dtype != y.dtype or not _saves(module, x, y):
+    x, y = input, other
+    if not _are_tensors(x, y) or out is not None or x.shape != y.shape or x.dtype != y.dtype:
+        return NotImplemented
+    # Dense, a factor without a gradient, such as a mask, is all that is saved.
+    if not (x.requires_grad and y.requires_grad and module.packs(x, y)):
         return NotImplemented
     origins = [origin.layout for factor in (x, y) if (origin := origin_of(factor)) is not None]
     if not any(layout.coarse or isinstance(layout, ActivatedLayout) for layout in origins):
         return NotImplemented
+    for factor in (x, y):
+        note_multiplied(factor)
     return product(x, y, product_spec(module.razor_config))
 
 
-CALLS: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.dropout: _dropout,
-    F.relu: _activation(F.relu, _rule(RELU)),
-    torch.relu: _activation(torch.relu, lambda: RELU),
-    F.relu6: _activation(F.relu6, _rule(RELU6)),
-    F.leaky_relu: _activation(F.leaky_relu, _leaky_relu),
-    F.gelu: _activation(F.gelu, _gelu),
-    F.silu: _activation(F.silu, _rule(SILU)),
-    F.mish: _activation(F.mish, _rule(MISH)),
-    F.hardswish: _activation(F.hardswish, _rule(HARDSWISH)),
-    F.hardsigmoid: _activation(F.hardsigmoid, _rule(HARDSIGMOID)),
-    F.linear: _linear,
-    F.conv1d: _convolution(1),
-    F.conv2d: _convolution(2),
-    F.conv3d: _convolution(3),
-    F.layer_norm: _layer_norm,
-    F.group_norm: _group_norm,
-    F.batch_norm: _batch_norm,
-    F.max_pool2d: _max_pool2d,
-    F.avg_pool2d: _average_pool2d,
-    F.adaptive_avg_pool2d: _adaptive_average_pool2d,
-    F.pad: _pad,
-    F.interpolate: _interpolate,
-    **dict.fromkeys((torch.mul, torch.multiply, Tensor.mul, Tensor.multiply), _multiply),
+def _scaled(module: RazorModule, input: Any, other: Any, *, out: Tensor | None = None) -> Any:
+    """A tensor times one number for each of its columns or rows."""
+    if not _are_tensors(input, other) or out is not None or input.shape == other.shape:
+        return NotImplemented
+    for factor, scale in ((input, other), (other, input)):
+        # Only then would the other factor be saved for it.
+        rows = rows_of_scaling(factor, scale) if scale.requires_grad else None
+        if rows is not None and module.packs(factor, scale):
+            return scaling(factor, scale, input_spec(module.razor_config, rows))
+    return NotImplemented
+
+
+def _are_tensors(*values: Any) -> bool:
+    return all(isinstance(value, Tensor) for value in values)
+
+
+_KINDS: dict[str, dict[Callable[..., Any], Callable[..., Any]]] = {
+    "dropout": {F.dropout: packed_dropout},
+    "activation": {
+        **_activations("relu relu_", _rule(RELU)),
+        **_activations("relu6", _rule(RELU6)),
+        **_activations("leaky_relu leaky_relu_", _leaky_relu),
+        **_activations("gelu", _gelu),
+        **_activations("silu", _rule(SILU)),
+        **_activations("mish", _rule(MISH)),
+        **_activations("hardswish", _rule(HARDSWISH)),
+        **_activations("hardsigmoid", _rule(HARDSIGMOID)),
+        **_activations("sigmoid", _rule(SIGMOID)),
+        **_activations("tanh", _rule(TANH)),
+    },
+    "linear": {F.linear: _linear},
+    "convolution": {F.conv1d: _convolution(1), F.conv2d: _convolution(2), F.conv3d: _convolution(3)},
+    "norm": {
+        F.layer_norm: _layer_norm,
+        F.rms_norm: _rms_norm,
+        F.group_norm: _group_norm,
+        F.batch_norm: _batch_norm,
+    },
+    "pooling": {
+        F.max_pool2d: _max_pool2d,
+        F.avg_pool2d: _average_pool2d,
+        F.adaptive_avg_pool2d: _adaptive_average_pool2d,
+    },
+    "padding": {F.pad: _pad},
+}
+
+CALLS: dict[Callable[..., Any], tuple[Call, ...]] = {
+    **{function: (Call(kind, call),) for kind, calls in _KINDS.items() for function, call in calls.items()},
+    F.interpolate: (Call("logits", _interpolate, common=True, sees_inputs=True),),
+    **dict.fromkeys(
+        (torch.mul, torch.multiply, Tensor.mul, Tensor.multiply),
+        (Call("gate", _gated, common=True), Call("scale", _scaled, common=True)),
+    ),
 }

@@ -34,8 +34,7 @@ class RazorConvolution(RazorModule):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """As the plain module; saves `input` packed where the weight is being trained, and else nothing of it."""
         batched = input.dim() == len(self.kernel_size) + 2
-        active = self.razor_active(input, parameters=("weight",)) and self.worth_packing(input)
-        if not batched or not active:
+        if not batched or not self.packs(input, parameters=("weight",)):
             return super().forward(input, *(() if output_size is None else (output_size,)))
         spatial = input.dim() - 2
         weight, bias, spec = self.weight, self.bias, input_spec(self.razor_config, spatial)

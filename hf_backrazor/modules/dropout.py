@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..functional import dropout
@@ -22,7 +24,14 @@ class RazorDropout(RazorModule):
         """As the plain module; saves one bit an element."""
         if self.p == 0:
             return input  # as torch does; for the compiler, what torch returns would be another tensor
-        active = self.p < 1 and self.razor_active(input) and self.worth_packing(input)
-        if not active or (self.inplace and not self.works_in_place(input)):
-            return super().forward(input)
-        return dropout(input, self.p, self.inplace)
+        y = packed_dropout(self, input, self.p, self.training, self.inplace)
+        return super().forward(input) if y is NotImplemented else y
+
+
+def packed_dropout(
+    module: RazorModule, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Any:
+    """`torch.nn.functional.dropout`, called by `module`, with its mask packed; NotImplemented if it is not."""
+    if not (training and 0 < p < 1 and module.packs(input)) or (inplace and not module.works_in_place(input)):
+        return NotImplemented
+    return dropout(input, p, inplace)

@@ -21,12 +21,8 @@ class RazorGroupNorm(RazorModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """As the plain module; saves x_hat or `input` packed."""
-        if (
-            input.dim() < 3
-            or input.numel() == self.num_groups
-            or not self.razor_active(input, parameters=("weight",))
-            or not self.worth_packing(input)
-        ):
+        one_value = input.numel() == self.num_groups  # torch refuses to take statistics
+        if input.dim() < 3 or one_value or not self.packs(input, parameters=("weight",)):
             return super().forward(input)
         config = self.razor_config
         spec = map_norm_spec(config, input.dim() - 2)
@@ -58,8 +54,7 @@ class RazorInstanceNorm(RazorModule):
         """As the plain module; saves x_hat or `input` packed."""
         batched = input.dim() == self._get_no_batch_dim() + 1
         one_value = input.numel() == input.shape[:2].numel()  # torch refuses to take statistics
-        active = self.razor_active(input, parameters=("weight",)) and self.worth_packing(input)
-        if not batched or one_value or not active:
+        if not batched or one_value or not self.packs(input, parameters=("weight",)):
             return super().forward(input)
         self._check_input_dim(input)
         # As torch does it: a batch norm of one sample with a channel for each channel of each sample.

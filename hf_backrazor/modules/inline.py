@@ -1,90 +1,104 @@
-"""Operators that a module's own forward applies without a module for them.
+"""Operators that a module's own code applies without a module for them.
 
-Model code calls `torch.nn.functional` directly: dropout in OPT, BART and Whisper, convolutions and norms in BiT,
-pooling and activation functions in many a network for images. And it multiplies: a gated MLP (`act(gate) * up`, in
-Llama and its kin), a gate of channels (squeeze and excitation), a trained vector (PEFT's DoRA and IA3, layer scale).
-The model itself resizes logits before its loss, in dense prediction.
+Model code calls functions of torch: dropout in OPT, BART and Whisper, convolutions and norms in BiT, pooling and
+activation functions in many a network for images. And it multiplies: a gated MLP (`act(gate) * up`, in Llama and its
+kin), a gate of channels (squeeze and excitation), a trained vector (PEFT's DoRA and IA3, layer scale). The model itself
+resizes logits before its loss, in dense prediction. Which module does so is seen when it runs.
 """
 
 from __future__ import annotations
 
 import functools
-import re
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ..compat import AnyBatchNorm, AnyConvolution
+from ..compat import (
+    AnyConvolution,
+    code_of_its_own,
+    in_checkpoint,
+    no_frame_of_its_own,
+    traceable,
+    tree_leaves,
+)
 from ..config import RazorConfig
-from .activation import RazorActivation
-from .base import RazorModule, describe, forward_source, input_spec, norm_spec, whole_shape
+from .base import RazorModule, describe, input_spec, norm_spec
 from .calls import CALLS
-from .own_calls import OwnCalls
-from .resized_logits import resizes_logits
+from .own_calls import Calls, OwnCalls, without_own_calls
+from .probe import is_dense
 
-_FUNCTIONAL = r"\b(?:functional|F)\."
-# Kind of function -> how its calls are written.
-_CALLED = {
-    "dropout": re.compile(_FUNCTIONAL + r"dropout\("),
-    "activation": re.compile(
-        _FUNCTIONAL + r"(?:relu6?|gelu|silu|mish|hardswish|hardsigmoid|leaky_relu)\(|\btorch\.relu\("
-    ),
-    "linear": re.compile(_FUNCTIONAL + r"linear\("),
-    "convolution": re.compile(_FUNCTIONAL + r"conv[123]d\(|\b_conv_forward\("),
-    "norm": re.compile(_FUNCTIONAL + r"(?:layer|group|batch)_norm\("),
-    "pooling": re.compile(_FUNCTIONAL + r"(?:max|avg|adaptive_avg)_pool2d\("),
-    "padding": re.compile(_FUNCTIONAL + r"pad\(|\bapply_tf_padding\("),  # the latter in MobileNets
-}
-_SUPER = re.compile(r"\bsuper\(\)\.forward\(")
-_PRODUCT = re.compile(r"[^*]\*\s*[\w(]|\bmul(?:tiply)?\(")
-
-# Layers whose forward is one call; a subclass with a forward of its own makes it through `super()`.
-_LAYERS = {
-    nn.LayerNorm: "norm",
-    nn.GroupNorm: "norm",
-    AnyBatchNorm: "norm",
-    nn.Linear: "linear",
-    AnyConvolution: "convolution",
-}
+# Of torch's own layers, those that call more than one function.
+_COMPOSED = (nn.MultiheadAttention, nn.RNNBase, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 class RazorInline(RazorModule):
-    """A module whose forward calls functions of `torch.nn.functional` that razor has operators for, or multiplies the
-    output of an activation function, or multiplies by a vector that it trains, or resizes logits for a loss."""
+    """A module with code of its own: the functions in it that razor has operators for are replaced when it runs.
 
-    kind = "inline"
-    runs_own_code = True
-    # These are the decoder layers that FSDP and device maps know by the name of their class.
+    It may have an operator besides, as attention that drops by itself.
+
+    Attributes:
+        razor_calls: what was seen so far.
+        razor_reason: why it stays dense if nothing is seen, where a user would not expect that.
+    """
+
+    # Decoder layers among them, which FSDP and device maps know by the name of their class.
     name_prefix = ""
+    runs_own_code = True
+    razor_calls: Calls
+    razor_reason: str | None
 
     @classmethod
     def handles(cls, module: nn.Module) -> bool:
         """See `RazorModule.handles`."""
-        if type(module).__module__.startswith("torch.nn."):
-            # These have operators of their own, but for a convolution that pads before it calls the function.
-            return isinstance(module, AnyConvolution) and module.padding_mode != "zeros"
-        return bool(_called(module)) or _multiplies(module) or _scales(module) or resizes_logits(module)
+        if type(module).__module__.startswith("torch."):
+            # A convolution that pads in another way calls one function for that, and one more.
+            pads = isinstance(module, AnyConvolution) and module.padding_mode != "zeros"
+            return pads or isinstance(module, _COMPOSED)
+        return not isinstance(module, (nn.ModuleList, nn.ModuleDict))
 
     @classmethod
     def install(cls, module: nn.Module, config: RazorConfig) -> None:
         """See `RazorModule.install`."""
         super().install(module, config)
-        if _multiplies(module):
-            for gate in _activations(module):
-                gate.razor_gates = True
+        assert isinstance(module, cls)
+        module.razor_calls, module.razor_reason = Calls(), None
 
     @classmethod
     def members(cls, extended: type[nn.Module]) -> dict[str, Any]:
         """See `Extension.members`: a forward with the plain one's signature, from which Trainer reads what it takes."""
 
+        @code_of_its_own
         @functools.wraps(extended.forward)
         def forward(self: RazorInline, *args: Any, **kwargs: Any) -> Any:
+            calls = self.razor_calls
             if not (self.training and self.razor_enabled):
                 return extended.forward(self, *args, **kwargs)
-            with OwnCalls(self, CALLS):
+            if torch.compiler.is_dynamo_compiling():
+                if calls.seen_nothing:
+                    return extended.forward(self, *args, **kwargs)
+                with OwnCalls(self, CALLS, None, _in_graph):
+                    return extended.forward(self, *args, **kwargs)
+            if calls.rest():
                 return extended.forward(self, *args, **kwargs)
+            return _watch(self, functools.partial(extended.forward, self), args, kwargs)
 
-        return {"forward": forward}
+        if issubclass(extended, RazorModule):
+            return {"forward": forward}
+
+        @no_frame_of_its_own
+        def __call__(self: RazorInline, *args: Any, **kwargs: Any) -> Any:
+            with without_own_calls():
+                return extended.__call__(self, *args, **kwargs)
+
+        return {"forward": forward, "__call__": __call__}
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]  # which of an operator is one for all
+        """See `RazorModule`: that of its operator, if it has one."""
+        return getattr(super(), "kind", None) or ("inline" if self.razor_calls.kinds else "other")
 
     def razor_repr(self) -> str:
         """See `RazorModule.razor_repr`."""
@@ -98,55 +112,44 @@ class RazorInline(RazorModule):
             "norm": f"functional norm, {normed} of {config.norm}",
             "pooling": "functional pooling",
             "padding": "padding that is restored",
+            "gate": f"gated product in {config.activation_bits} bits",
+            "scale": f"scaled tensor, {packed}",
+            "logits": "loss in bands, resized logits on demand",
         }
-        what = [details[kind] for kind in _called(self)]
-        if _multiplies(self):
-            what.append(f"gated product in {config.activation_bits} bits")
-        if _scales(self):
-            what.append(f"scaled tensor, {packed}")
-        if resizes_logits(self):
-            what.append("loss in bands, resized logits on demand")
-        return "razor=" + ", ".join(what)
+        own = super().razor_repr()
+        seen = self.__dict__["razor_calls"].kinds if "razor_calls" in self.__dict__ else {}
+        what = ([own.removeprefix("razor=")] if own else []) + [details[kind] for kind in seen]
+        return "razor=" + ", ".join(what) if what else ""
 
 
-class RazorOutermost(RazorInline):
-    """The model itself, where its forward is such. The compiler is left it: it would compile nothing otherwise."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the plain module's."""
-        return super(RazorModule, self).__call__(*args, **kwargs)
-
-
-def _plain(module: nn.Module) -> type[nn.Module]:
-    return module.plain_class if isinstance(module, RazorModule) else type(module)
-
-
-def _called(module: nn.Module) -> list[str]:
-    """Kinds of functions that the forward calls."""
-    source = forward_source(_plain(module))
-    kinds = [kind for kind, words in _CALLED.items() if words.search(source)]
-    if _SUPER.search(source):
-        kinds += [kind for layer, kind in _LAYERS.items() if isinstance(module, layer) and kind not in kinds]
-    return kinds
+# A function, as the class that is extended may have methods of any name.
+def _watch(module: RazorInline, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What `function`, the forward of what was extended, returns, with its own calls replaced."""
+    calls = module.razor_calls
+    if is_dense() or not torch.is_grad_enabled() or (not calls.kinds and _is_idle(module, args, kwargs)):
+        return function(*args, **kwargs)
+    # Under checkpointing, a forward has to save the second time what it saved the first time.
+    known = not calls.kinds and calls.forwards and in_checkpoint()
+    with without_own_calls(), nullcontext() if known else OwnCalls(module, CALLS, (args, kwargs)):
+        result = function(*args, **kwargs)
+    calls.count()
+    return result
 
 
-def _multiplies(module: nn.Module) -> bool:
-    if not _PRODUCT.search(forward_source(_plain(module))):
+def _is_idle(module: RazorInline, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether this forward shows nothing, as there are no gradients in it."""
+    if getattr(module, "_is_replica", False):  # of DataParallel, which leaves it no parameters
         return False
-    return bool(_activations(module))
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    return not module.razor_active(*tensors, *module.parameters())
 
 
-def _activations(module: nn.Module) -> list[Any]:
-    """The activation functions of a module, or of a sequence in it."""
-    inner = [part for child in module.children() if isinstance(child, nn.Sequential) for part in child]
-    within = (*module.children(), *inner)
-    return [m for m in within if isinstance(m, RazorActivation) or RazorActivation.handles(m)]
-
-
-def _scales(module: nn.Module) -> bool:
-    # PEFT keeps a vector for each adapter in a dictionary. Norms have an operator of their own, or a warning.
-    owners = [module, *(child for child in module.children() if isinstance(child, nn.ParameterDict))]
-    shapes = [whole_shape(parameter) for owner in owners for parameter in owner.parameters(recurse=False)]
-    if not shapes or any(shape.numel() != max(shape, default=0) for shape in shapes):
-        return False
-    return not type(module).__name__.endswith("Norm") and bool(_PRODUCT.search(forward_source(_plain(module))))
+@traceable
+def _in_graph(module: RazorInline, place: int, *args: Any, **kwargs: Any) -> Any:
+    """What takes the place of a function in the table, or else what that gives."""
+    function, calls = list(CALLS.items())[place]
+    for call in calls:
+        # Those that look at these give lazy tensors, which no graph holds.
+        if not call.sees_inputs and (result := call.replacement(module, *args, **kwargs)) is not NotImplemented:
+            return result
+    return function(*args, **kwargs)

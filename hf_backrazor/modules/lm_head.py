@@ -94,8 +94,7 @@ class RazorLMHead(RazorLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """As the plain module; in training the logits are computed when they are needed."""
-        active = self.razor_active(input, parameters=("weight",)) and self.worth_packing(input)
-        if not active or leaves_after_forward(self):
+        if not self.packs(input, parameters=("weight",)) or leaves_after_forward(self):
             return super().forward(input)
         if is_traced():
             # A graph of the compiler has no lazy tensors. Logits that nothing but the loss reads are not computed.

@@ -25,7 +25,7 @@ class RazorLayerNorm(RazorModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """As the plain module; saves x_hat or `input` packed."""
-        if not self.razor_active(input, parameters=("weight",)) or not self.worth_packing(input):
+        if not self.packs(input, parameters=("weight",)):
             return super().forward(input)
         config = self.razor_config
         return layer_norm(
@@ -77,7 +77,7 @@ class RazorRMSNorm(RazorModule):
         # An input of another width than the weight's is broadcast.
         weight = self._parameters.get("weight")
         plain = others or named or self.is_parametrized() or (weight is not None and input.shape[-1:] != weight.shape)
-        if plain or not self.razor_active(input, weight) or not self.worth_packing(input):
+        if plain or not self.packs(input, weight):
             return super().forward(input, *others, **named)
         config = self.razor_config
         return rms_norm(

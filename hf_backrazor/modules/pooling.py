@@ -33,9 +33,7 @@ class RazorMaxPool2d(RazorModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """As the plain module; saves where in its window each maximum lies."""
-        if not self.razor_active(input) or not self.worth_packing(input):
-            return super().forward(input)
-        return max_pool2d(input, _window(self))
+        return max_pool2d(input, _window(self)) if self.packs(input) else super().forward(input)
 
     def razor_repr(self) -> str:
         """See `RazorModule.razor_repr`."""
@@ -54,7 +52,7 @@ class RazorAveragePool2d(RazorModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """As the plain module; saves nothing."""
-        if not self.razor_active(input) or not self.worth_packing(input):
+        if not self.packs(input):
             return super().forward(input)
         if isinstance(self, nn.AdaptiveAvgPool2d):
             # Declared to be None as well, which torch does not take.

@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..compat import (
     FakeTensor,
+    code_of_its_own,
     detect_fake_mode,
     in_checkpoint,
     keeps_parametrized,
@@ -78,13 +79,12 @@ class Decision:
 
 
 class RazorRecomputed(RazorModule):
-    """A module made of others, or with code of its own, that may be computed again in backward.
+    """A module with code of its own that may be computed again in backward. It is a `RazorInline` as well.
 
     Attributes:
         razor_decision: whether it is.
     """
 
-    kind = "recomputed"
     name_prefix = ""
     runs_own_code = True
     razor_decision: Decision
@@ -121,6 +121,7 @@ class RazorRecomputed(RazorModule):
                 _forward(self, functools.partial(extended.forward, self), args, kwargs)
             return ()
 
+        @code_of_its_own
         @functools.wraps(extended.forward)
         def forward(self: RazorRecomputed, *args: Any, **kwargs: Any) -> Any:
             decision = self.razor_decision
@@ -135,13 +136,13 @@ class RazorRecomputed(RazorModule):
                 return extended.forward(self, *args, **kwargs)
             return _forward(self, functools.partial(extended.forward, self), args, kwargs)
 
-        if issubclass(extended, RazorModule):
-            return {"forward": forward, "kind": extended.kind}
+        return {"forward": forward}
 
-        def __call__(self: RazorRecomputed, *args: Any, **kwargs: Any) -> Any:
-            return extended.__call__(self, *args, **kwargs)
-
-        return {"forward": forward, "__call__": __call__}
+    @property
+    def kind(self) -> str:  # type: ignore[override]  # which of an operator is one for all
+        """See `RazorModule`: that of its operator, if it has one."""
+        kind = super().kind
+        return "recomputed" if self.razor_decision.again and kind in ("inline", "other") else kind
 
     def razor_repr(self) -> str:
         """See `RazorModule.razor_repr`."""
@@ -158,7 +159,7 @@ def _forward(
     """What `function`, the forward of what was extended, returns; computed again in backward if that is worth it."""
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     # In the paper's form nothing is computed again.
-    kept = module.razor_config.attention == "sparse" or in_checkpoint() or _parametrized_outside(module)
+    kept = module.razor_config.attention == "sparse" or _parametrized_outside(module)
     if kept or not module.razor_active(*tensors, *module.parameters()):
         return function(*args, **kwargs)
     decision = module.razor_decision
@@ -172,7 +173,7 @@ def _forward(
         if is_probing():
             return _look(decision, module, function, *arguments)
         _decide(decision, module, function, *arguments)
-    if not decision.again:
+    if not decision.again or in_checkpoint():
         return function(*args, **kwargs)
     args, kwargs = arguments
     given = {**dict(zip(names, args, strict=False)), **kwargs}

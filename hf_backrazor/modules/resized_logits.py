@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..compat import DisableTorchFunction
 from ..functional import Resizing, interpolated_cross_entropy
 from ..functional.precision import autocast_is_on
-from .base import RazorModule, class_source
 from .elements import Computation
 from .lazy import Description, LazyTensor, widened_dtype
-
-_RESIZES, _TAKES_LOSS = re.compile(r"\binterpolate\("), re.compile(r"\b(?:CrossEntropyLoss|cross_entropy)\(")
-
-
-def resizes_logits(module: nn.Module) -> bool:
-    """Whether the module's own code resizes something, and computes a cross entropy."""
-    cls = module.plain_class if isinstance(module, RazorModule) else type(module)
-    source = class_source(cls)
-    # By a class's name Transformers chooses a loss function that does both.
-    chosen = "SemanticSegmentation" in cls.__name__ and "self.loss_function(" in source
-    return chosen or bool(_RESIZES.search(source) and _TAKES_LOSS.search(source))
 
 
 @dataclass(frozen=True, eq=False)
