@@ -374,6 +374,11 @@ RECOMPUTED: dict[str, Any] = {
 }
 
 
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Switch activation checkpointing on, by the name that this Transformers has for that."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+
+
 def make(name: str, attention: str = "sdpa") -> tuple[PreTrainedModel, Batch]:
     """A freshly initialised model in training mode, and a batch for it."""
     model_class, config, batch = (ARCHITECTURES | RECOMPUTED)[name]

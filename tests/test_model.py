@@ -14,7 +14,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers
-from architectures import make
+from architectures import checkpoint_activations, make
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -353,7 +353,7 @@ def test_activation_checkpointing_gets_a_notice_and_the_same_gradients() -> None
     checkpointed, _ = make("bert")
     checkpointed.load_state_dict(model.state_dict())
     get_razor_model(checkpointed)
-    checkpointed.activation_checkpointing_enable()
+    checkpoint_activations(checkpointed)
     with pytest.warns(UserWarning, match="activation checkpointing is on"):
         grads = gradients(checkpointed, batch)
     for name, grad in expected.items():
@@ -745,13 +745,13 @@ def test_a_module_outside_of_transformers() -> None:
 @pytest.mark.parametrize("name", ["vit", "bert", "gpt2", "llama"])
 def test_weight_gradients_by_integers_replace_those_by_floats(name: str, monkeypatch) -> None:
     # Where the processor has no fast product of integers, its slow one must do here.
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    monkeypatch.setattr("hf_backrazor.packing.integers.has_integer_products", lambda: True)
     model, batch = make(name)
     get_razor_model(model, RazorConfig(weight_gradient="int8"))
     model.train()
     found, again, other = gradients(model, batch), gradients(model, batch), gradients(model, batch, seed=4)
     # The same codes, multiplied as floats.
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    monkeypatch.setattr("hf_backrazor.packing.integers.has_integer_products", lambda: False)
     expected = gradients(model, batch)
     changed = 0
     for key, grad in found.items():
@@ -808,6 +808,7 @@ def test_importing_the_package_is_light() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.11."), reason="the compiler of torch 2.11 recurses without end")
 @pytest.mark.parametrize("name", ["bert", "llama", "vit", "resnet"])
 def test_models_export_in_eval_mode(name: str) -> None:
     """Strictly: in one graph, by the compiler's tracing."""

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from architectures import ARCHITECTURES, make
+from architectures import ARCHITECTURES, checkpoint_activations, make
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
@@ -87,7 +87,7 @@ def cosine(grads: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 def checkpointed_bytes(model: PreTrainedModel, **batch: Any) -> int:
     model = copy.deepcopy(model)
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     return measure_saved_bytes(model, **batch).total
 
 
@@ -628,7 +628,7 @@ class TestWhatUsersDo:
 
     def test_checkpointing_that_was_on_before_is_taken_over_and_given_back(self) -> None:
         model, ids = llama(), tokens()
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model)
         get_razor_model(model, COMPACT)
         assert not model.model.layers[0].gradient_checkpointing
         runs: list[int] = []

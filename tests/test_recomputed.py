@@ -31,7 +31,7 @@ from transformers import (
 
 from hf_backrazor import RazorConfig, get_razor_model
 from hf_backrazor.estimate import estimate_saved_bytes
-from hf_backrazor.modules import RazorModule, RazorRecomputed
+from hf_backrazor.modules import RazorAttention, RazorModule, RazorRecomputed
 from hf_backrazor.report import measure_saved_bytes
 
 LOSSLESS = RazorConfig.preset("lossless")
@@ -234,6 +234,8 @@ def test_masks_are_packed_and_kept_as_they_were() -> None:
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit", "t5", "resnet"])
 def test_nothing_runs_twice_where_operators_take_all(name: str) -> None:
     model, batch = make(name)
+    if name == "t5" and not any(map(RazorAttention.handles, model.modules())):
+        pytest.skip("T5's attention is written out in this Transformers")
     get_razor_model(model).train()
     model(**batch)
     assert again(model) == []

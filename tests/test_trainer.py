@@ -406,7 +406,7 @@ def test_resuming_gives_the_weights_of_the_uninterrupted_run(
     name: str, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # `fast` rounds at random wherever the processor multiplies integers fast; this one shall.
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    monkeypatch.setattr("hf_backrazor.packing.integers.has_integer_products", lambda: True)
 
     def run(folder: str, resume: Path | None = None) -> RazorModel:
         model = fresh(name, RazorConfig.preset(preset), dropout=0.1)
