@@ -23,6 +23,7 @@ from ..functional.precision import autocast_is_on, current_autocast, without_aut
 from .elements import Computation
 from .lazy import Description, LazyTensor, widened_dtype
 from .linear import RazorLinear
+from .own_calls import without_own_calls
 
 # Logits of a token that are computed by themselves; of more, all are.
 MOST_CHOSEN = 16
@@ -38,8 +39,12 @@ class RazorLMHead(RazorLinear):
         """See `RazorModule.handles`."""
         return RazorLinear.handles(module)
 
-    # The compiler traces the plain head: it knows nothing of a tensor that is not there yet.
-    __call__ = nn.Module.__call__
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the plain module's. The compiler traces that: it knows nothing of a tensor that is not there yet."""
+        if torch.compiler.is_compiling():
+            return nn.Module.__call__(self, *args, **kwargs)
+        with without_own_calls():
+            return nn.Module.__call__(self, *args, **kwargs)
 
     def forward(self, input: Tensor) -> Tensor:
         """As the plain module; in training the logits are computed when they are needed."""
