@@ -190,9 +190,14 @@ def traceable(function: _Function) -> _Function:
 
 
 @no_frame_of_its_own
-def compiles_what_is_called() -> bool:
-    """Whether the compiler looks at functions that are called now, as inside of `torch.compile`."""
-    return eval_frame.get_eval_frame_callback() not in (None, False)
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a call of the module now runs compiled code, as it has been compiled itself or is part of what has."""
+    return eval_frame.get_eval_frame_callback() not in (None, False) or module._compiled_call_impl is not None
+
+
+def is_replica(module: nn.Module) -> bool:
+    """Whether this is a replica of DataParallel, which leaves it no parameters."""
+    return getattr(module, "_is_replica", False)
 
 
 # What tensors, operators and modules of torch hold.

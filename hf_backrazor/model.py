@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .compat import compiles_what_is_called, no_frame_of_its_own, traceable, tree_leaves
+from .compat import is_compiled, no_frame_of_its_own, traceable, tree_leaves
 from .config import RazorConfig, settings_in_words
 from .extension import Extension, can_extend, extend, restore
 from .functional.rng import forked_rng
@@ -73,7 +73,7 @@ class RazorModel(Extension):
         """As the plain model's; the first training forward is watched (see `watched_forward`)."""
         if torch.compiler.is_dynamo_compiling():
             return super().__call__(*args, **kwargs)
-        if not (compiles_what_is_called() or self._compiled_call_impl is not None):
+        if not is_compiled(self):
             if "_razor_unwatched" not in self.__dict__ or not is_first_forward(self):
                 return super().__call__(*args, **kwargs)
             del self._razor_unwatched

@@ -41,7 +41,7 @@ PERMITTED = {
         *("_log_softmax", "_reshape_alias", "_to_copy", "_unsafe_view"),
     ),
     "one of the methods that read a tensor's memory; if there is none, nothing is lost": ("_typed_storage",),
-    "documented by Python": ("_replace", "_getframe"),
+    "documented by Python": ("_replace",),
 }
 
 

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
+from ..compat import tree_leaves
 from ..functional import (
     ActivationRule,
     Averaging,
@@ -60,6 +61,9 @@ from .dropout import packed_dropout
 from .own_calls import Call
 from .resized_logits import LazyResizedLogits
 
+# Losses and caps of logits are made of these, in the model's own code and in modules. They are no place for 4 bits.
+_PROBABILITIES = (SIGMOID, TANH)
+
 
 def _activation(
     function: Callable[..., Tensor], rule: Callable[..., ActivationRule], always_inplace: bool = False
@@ -72,8 +76,12 @@ def _activation(
         unknown = len(args) > len(parameters) or not others.keys() <= parameters.keys()
         if unknown or not module.packs(input) or (inplace and not module.works_in_place(input)):
             return NotImplemented
-        bits = activation_bits(module.razor_config, input)
-        return activation(input, lambda x: function(x, **others), rule(**others), bits, inplace=inplace)
+        known, bits = rule(**others), activation_bits(module.razor_config, input)
+        if known in _PROBABILITIES:
+            if isinstance(module, PreTrainedModel) or module.compiles:
+                return NotImplemented
+            bits = max(bits, 8)
+        return activation(input, lambda x: function(x, **others), known, bits, inplace=inplace)
 
     return call
 
@@ -310,8 +318,6 @@ _KINDS: dict[str, dict[Callable[..., Any], Callable[..., Any]]] = {
         **_activations("mish", _rule(MISH)),
         **_activations("hardswish", _rule(HARDSWISH)),
         **_activations("hardsigmoid", _rule(HARDSIGMOID)),
-        **_activations("sigmoid", _rule(SIGMOID)),
-        **_activations("tanh", _rule(TANH)),
     },
     "linear": {F.linear: _linear},
     "convolution": {F.conv1d: _convolution(1), F.conv2d: _convolution(2), F.conv3d: _convolution(3)},
@@ -329,8 +335,11 @@ _KINDS: dict[str, dict[Callable[..., Any], Callable[..., Any]]] = {
     "padding": {F.pad: _pad},
 }
 
+_GATES = {**_activations("sigmoid", _rule(SIGMOID)), **_activations("tanh", _rule(TANH))}
+
 CALLS: dict[Callable[..., Any], tuple[Call, ...]] = {
     **{function: (Call(kind, call),) for kind, calls in _KINDS.items() for function, call in calls.items()},
+    **{function: (Call("activation", call, common=True),) for function, call in _GATES.items()},
     F.interpolate: (Call("logits", _interpolate, common=True, sees_inputs=True),),
     **dict.fromkeys(
         (torch.mul, torch.multiply, Tensor.mul, Tensor.multiply),

@@ -20,6 +20,7 @@ from ..compat import (
     AnyConvolution,
     code_of_its_own,
     in_checkpoint,
+    is_replica,
     no_frame_of_its_own,
     traceable,
     tree_leaves,
@@ -138,7 +139,7 @@ def _watch(module: RazorInline, function: Callable[..., Any], args: tuple[Any, .
 
 def _is_idle(module: RazorInline, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether this forward shows nothing, as there are no gradients in it."""
-    if getattr(module, "_is_replica", False):  # of DataParallel, which leaves it no parameters
+    if is_replica(module):
         return False
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     return not module.razor_active(*tensors, *module.parameters())
