@@ -175,8 +175,7 @@ def traceable(function: _Function) -> _Function:
 
     @torch._dynamo.nonstrict_trace
     def recorded(module: nn.Module, state: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        for size in (size for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) for size in x.shape):
-            int(size)  # which the compiler may take for variable: from here on it is that of this graph
+        args, kwargs = tree_map(_with_sizes, (args, kwargs))
         given = (None if isinstance(x, str) and x == _NONE else x for x in args)
         return function(module, *given, **kwargs)
 
@@ -187,6 +186,22 @@ def traceable(function: _Function) -> _Function:
         return recorded(module, state, graphable, {name: x for name, x in kwargs.items() if x is not None})
 
     return cast(_Function, call)
+
+
+def _with_sizes(x: Any) -> Any:
+    """`x`; where the compiler takes sizes of it for variable, a view with those of this graph."""
+    if not isinstance(x, Tensor) or all(type(size) is int for size in x.shape):
+        return x
+    view = x.view([int(size) for size in x.shape])
+    vars(view).update(vars(x))
+    return view
+
+
+def fix_sizes(*arguments: Any) -> None:
+    """Have the compiler make a graph of its own for the sizes that tensors among these have."""
+    for x in tree_leaves(arguments):
+        if isinstance(x, Tensor):
+            torch._dynamo.mark_static(x)
 
 
 @no_frame_of_its_own

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .compat import is_compiled, no_frame_of_its_own, traceable, tree_leaves
+from .compat import fix_sizes, is_compiled, no_frame_of_its_own, traceable, tree_leaves
 from .config import RazorConfig, settings_in_words
 from .extension import Extension, can_extend, extend, restore
 from .functional.rng import forked_rng
@@ -78,8 +78,7 @@ class RazorModel(Extension):
                 return super().__call__(*args, **kwargs)
             del self._razor_unwatched
             return watched_forward(self, super().__call__, *args, **kwargs)
-        self._look(super().__call__, args, kwargs)
-        head = self._head_in_training()
+        head = self._before_compiled(super().__call__, args, kwargs)
         if head is None:
             return super().__call__(*args, **kwargs)
         head.razor_leaves_out = True
@@ -90,25 +89,29 @@ class RazorModel(Extension):
         return head.with_logits(output)
 
     @torch.compiler.disable
+    def _before_compiled(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> RazorLMHead | None:
+        """What is done before a compiled forward; the head whose logits it is not to compute, if there is one."""
+        if not self.training:
+            return None
+        fix_sizes(args, kwargs)
+        if "_razor_unwatched" in self.__dict__ and is_first_forward(self):
+            del self._razor_unwatched
+            if not has_hooks_inside(self):
+                self._look(forward, args, kwargs)
+        head = self.get_output_embeddings() if hasattr(self, "get_output_embeddings") else None
+        lazy = isinstance(head, RazorLMHead) and head.razor_enabled and not leaves_after_forward(head)
+        return head if lazy else None
+
     def _look(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a compiled model's first training forward, run it once without the compiler, and leave no trace.
+        """Run the forward once without the compiler, and leave no trace.
 
         What operators and warnings go by is seen in tensors that have values.
         """
-        if "_razor_unwatched" not in self.__dict__ or not is_first_forward(self):
-            return
-        del self._razor_unwatched
-        if has_hooks_inside(self):
-            return
         devices = {x.device for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         with State(self).restored(), forked_rng(devices), torch.compiler.set_stance("force_eager"):
             watched_forward(self, forward, *args, **kwargs)
-
-    @torch.compiler.disable
-    def _head_in_training(self) -> RazorLMHead | None:
-        head = self.get_output_embeddings() if self.training and hasattr(self, "get_output_embeddings") else None
-        lazy = isinstance(head, RazorLMHead) and head.razor_enabled and not leaves_after_forward(head)
-        return head if lazy else None
 
     def razor_modules(self) -> Iterator[tuple[str, RazorModule]]:
         """Names and modules that save packed activations. Of those with code of their own, a forward shows it."""

@@ -255,6 +255,7 @@ class TestModes:
         assert compat.current_function_mode() is None
         with Mode() as mode:
             assert compat.current_function_mode() is mode
+            assert compat.current_function_modes() == [mode]
             with compat.without_current_function_mode():
                 assert compat.current_function_mode() is None
                 torch.abs(x)
@@ -270,6 +271,8 @@ class TestModes:
             def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
                 raise AssertionError("asked")
 
+        assert not compat.leaves_functions_alone(Silent)
+        assert compat.leaves_functions_alone(nn.Parameter)
         x = torch.zeros(2).as_subclass(Silent)
         with compat.DisableTorchFunctionSubclass():
             assert torch.equal(torch.add(x, 1), torch.ones(2))
@@ -391,6 +394,91 @@ class TestTransforms:
             assert compat.keeps_parametrized()
 
 
+class TestCompiler:
+    """What the compiler records."""
+
+    def test_traceable(self) -> None:
+        traced: list[bool] = []
+
+        @compat.traceable
+        def scaled(module: nn.Module, x: Tensor, nothing: None, *, by: float, of: Tensor | None = None) -> Tensor:
+            assert nothing is None
+            assert of is None
+            traced.append(compat.is_traced())
+            size = {x.shape: 1.0}[x.shape]  # no size is a symbol, which no dictionary has
+            return x * module.weight * module.factor * by * size + compat.traced_constant(table)
+
+        class Scaled(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.weight, self.factor = nn.Parameter(torch.full((3,), 2.0)), 3.0
+
+            def forward(self, x: Tensor) -> Tensor:
+                return scaled(self, x, None, by=5.0, of=None)
+
+        table, module = torch.tensor([0.0, 1.0, 2.0]), Scaled()
+        function = torch.compile(module, backend="aot_eager", fullgraph=True)
+        for rows in (2, 4, 5):
+            assert torch.equal(function(torch.ones(rows, 3)), 30 + table.expand(rows, 3))
+        module.factor = 1.0  # an attribute that changes is seen
+        function(torch.ones(2, 3)).sum().backward()
+        assert torch.equal(module.weight.grad, torch.full((3,), 10.0))
+        assert all(traced)
+        assert not compat.is_traced()
+        assert compat.traced_constant(table) is table
+
+    def test_fixed_sizes(self) -> None:
+        @torch.compile(backend="eager", fullgraph=True)
+        def function(x: Tensor) -> Tensor:
+            return x + 1
+
+        graphs = torch._dynamo.utils.counters["stats"]
+        before = graphs["unique_graphs"]
+        for rows in (2, 4, 5, 6):
+            x = torch.ones(rows)
+            compat.fix_sizes({"x": (x,)})
+            function(x)
+        assert graphs["unique_graphs"] == before + 4
+
+    def test_draws(self) -> None:
+        state = torch.Generator().manual_seed(4).get_state()
+        before = torch.get_rng_state()
+        first, second = (compat.draw_from(state, torch.ops.aten.bernoulli.p, torch.empty(64), 0.5) for _ in range(2))
+        assert torch.equal(first, second)
+        assert 0 < first.sum() < 64
+        assert torch.equal(torch.get_rng_state(), before)
+
+    def test_who_is_compiled(self) -> None:
+        found = []
+
+        class Outer(nn.Module):
+            @compat.no_frame_of_its_own
+            def __call__(self, x: Tensor) -> Tensor:
+                found.append(compat.is_compiled(self))
+                return super().__call__(x)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return x + 1
+
+        module = Outer()
+        module(torch.ones(2))
+        torch.compile(module, backend="eager")(torch.ones(2))
+        module.compile(backend="eager")
+        module(torch.ones(2))
+        assert found == [False, True, True]
+
+    def test_code_of_its_own(self) -> None:
+        def made() -> Any:
+            @compat.code_of_its_own
+            def function(x: Tensor) -> Tensor:
+                return x + 1
+
+            return function
+
+        codes = [made().__code__, made().__code__]
+        assert codes[0] is not codes[1]
+
+
 class TestModules:
     """What modules and configs hold."""
 
@@ -415,6 +503,12 @@ class TestModules:
             norm._check_input_dim(x)
             with pytest.raises(ValueError, match="expected"):
                 norm._check_input_dim(x[0, 0])
+
+    def test_replicas(self) -> None:
+        module = nn.Linear(2, 2)
+        replica = module._replicate_for_data_parallel()
+        assert compat.is_replica(replica)
+        assert not compat.is_replica(module)
 
     def test_hooks(self) -> None:
         layer, after, before = nn.Linear(2, 2), lambda *_: None, lambda *_: None
