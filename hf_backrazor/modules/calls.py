@@ -332,7 +332,6 @@ _KINDS: dict[str, dict[Callable[..., Any], Callable[..., Any]]] = {
         F.avg_pool2d: _average_pool2d,
         F.adaptive_avg_pool2d: _adaptive_average_pool2d,
     },
-    "padding": {F.pad: _pad},
 }
 
 _GATES = {**_activations("sigmoid", _rule(SIGMOID)), **_activations("tanh", _rule(TANH))}
@@ -340,6 +339,7 @@ _GATES = {**_activations("sigmoid", _rule(SIGMOID)), **_activations("tanh", _rul
 CALLS: dict[Callable[..., Any], tuple[Call, ...]] = {
     **{function: (Call(kind, call),) for kind, calls in _KINDS.items() for function, call in calls.items()},
     **{function: (Call("activation", call, common=True),) for function, call in _GATES.items()},
+    F.pad: (Call("padding", _pad, common=True),),  # labels, in losses
     F.interpolate: (Call("logits", _interpolate, common=True, sees_inputs=True),),
     **dict.fromkeys(
         (torch.mul, torch.multiply, Tensor.mul, Tensor.multiply),
