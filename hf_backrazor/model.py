@@ -251,7 +251,7 @@ def get_razor_model(model: Model, config: RazorConfig | None = None) -> Model:
                 "Generic among its bases"
             )
     take_copies(model)
-    choice = choose_operators(model, config, find_blocks(model, config) if config.recompute == "blocks" else {})
+    choice = choose_operators(model, config, find_blocks(model, config) if config.recompute == "blocks" else {}, whole)
     if unmatched := unmatched_targets(config, [*choice.operators, *choice.layers, *choice.blocks]):
         raise ValueError(
             f"no module of this {type(model).__name__} that can be replaced is matched by " + "; ".join(unmatched)

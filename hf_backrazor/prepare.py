@@ -23,6 +23,7 @@ from .modules import (
     RazorInline,
     RazorLMHead,
     RazorModule,
+    RazorOutermost,
     RazorQuantizedLinear,
     RazorRecomputed,
     stack_blocks,
@@ -106,6 +107,7 @@ def choose_operators(
     model: nn.Module,
     config: RazorConfig,
     blocks: Mapping[str, nn.Module] | None = None,
+    outermost: Iterable[nn.Module] = (),
 ) -> Choice:
     """Choose operators for the modules of `model` that have none yet, whether the configuration targets them or not.
 
@@ -114,9 +116,10 @@ def choose_operators(
         config: its settings.
         blocks: modules that are computed again as a whole, by their names; what is inside of them is left, but for
             layers that keep their input for themselves.
+        outermost: the model itself, and the one that PEFT has wrapped in it.
     """
     choice = Choice(blocks=dict(blocks or {}))
-    heads = _heads(model)
+    heads, outermost = _heads(model), list(outermost)
     present = [module for module in model.modules() if isinstance(module, RazorBlock)]
     within = {id(inner) for block in (*choice.blocks.values(), *present) for inner in block.modules()}
     for name, module in model.named_modules():
@@ -132,7 +135,7 @@ def choose_operators(
             operator = RazorLMHead
         own_code = (operator is None or operator.runs_own_code) and runs_its_class(module)
         if own_code and RazorInline.handles(module) and can_extend(module, RazorInline):
-            choice.callers[name] = (module, RazorInline)
+            choice.callers[name] = (module, RazorOutermost if module in outermost else RazorInline)
             if name and config.attention == "recompute" and _may_recompute(module, heads):
                 choice.composites[name] = module
         if operator is not None and not name:

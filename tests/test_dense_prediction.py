@@ -18,7 +18,7 @@ from torch.autograd import gradcheck
 from hf_backrazor import RazorConfig, estimate_saved_bytes, get_razor_model, measure_saved_bytes
 from hf_backrazor.functional import Resizing, interpolated_cross_entropy
 from hf_backrazor.functional.interpolated_cross_entropy import MODES
-from hf_backrazor.modules import RazorInline
+from hf_backrazor.modules import RazorOutermost
 from hf_backrazor.modules.resized_logits import LazyResizedLogits
 
 CLASSES, IGNORED = 6, 255
@@ -105,7 +105,7 @@ def test_models_take_the_loss_in_bands(name: str) -> None:
     torch.manual_seed(2)
     expected = model(**batch).loss
     get_razor_model(model)
-    assert isinstance(model, RazorInline)
+    assert isinstance(model, RazorOutermost)
     torch.manual_seed(2)
     torch.testing.assert_close(model(**batch).loss, expected, rtol=1e-5, atol=0)
     assert "loss in bands" in repr(model)
@@ -161,7 +161,7 @@ def test_a_model_that_is_extended_twice_is_copied_pickled_and_unloaded() -> None
     for other in others:
         torch.manual_seed(3)
         assert torch.equal(other(**batch).loss, expected)
-        assert isinstance(other, RazorInline)
+        assert isinstance(other, RazorOutermost)
         assert type(other) is type(model)
     assert model.remove_razor() is model
     assert type(model) is hf.SegformerForSemanticSegmentation

@@ -3,7 +3,7 @@
 An operator is one class, derived from `RazorModule`, in one file of this folder; `OPERATORS` lists them. Some stand
 beside the list, as a type does not tell which layer is a language model's head (`RazorLMHead`) or which modules are to
 be computed again (`RazorBlock`). And what a module's own code does is seen when it runs: which functions it calls
-(`RazorInline`), and whether it saves much that no operator takes
+(`RazorInline`; `RazorOutermost` for the model itself), and whether it saves much that no operator takes
 (`RazorRecomputed`). A module may be both, and have an operator as well.
 """
 
@@ -18,7 +18,7 @@ from .block import RazorBlock, find_blocks, running_sums, stack_blocks
 from .convolution import RazorConvolution
 from .dropout import RazorDropout
 from .group_norm import RazorGroupNorm, RazorInstanceNorm
-from .inline import RazorInline
+from .inline import RazorInline, RazorOutermost
 from .linear import RazorConv1D, RazorLinear
 from .lm_head import RazorLMHead, with_lazy_logits
 from .norm import RazorLayerNorm, RazorRMSNorm
@@ -68,6 +68,7 @@ __all__ = [
     "RazorLinear",
     "RazorMaxPool2d",
     "RazorModule",
+    "RazorOutermost",
     "RazorQuantizedLinear",
     "RazorRMSNorm",
     "RazorRecomputed",

@@ -78,7 +78,7 @@ def _activation(
             return NotImplemented
         known, bits = rule(**others), activation_bits(module.razor_config, input)
         if known in _PROBABILITIES:
-            if isinstance(module, PreTrainedModel) or module.compiles:
+            if isinstance(module, PreTrainedModel) or module.is_model:
                 return NotImplemented
             bits = max(bits, 8)
         return activation(input, lambda x: function(x, **others), known, bits, inplace=inplace)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,12 +42,14 @@ class RazorInline(RazorModule):
 
     Attributes:
         razor_calls: what was seen so far.
+        is_model: whether this is what the user calls, and takes losses of.
         razor_reason: why it stays dense if nothing is seen, where a user would not expect that.
     """
 
     # Decoder layers among them, which FSDP and device maps know by the name of their class.
     name_prefix = ""
     runs_own_code = True
+    is_model: ClassVar[bool] = False
     razor_calls: Calls
     razor_reason: str | None
 
@@ -121,6 +123,12 @@ class RazorInline(RazorModule):
         seen = self.__dict__["razor_calls"].kinds if "razor_calls" in self.__dict__ else {}
         what = ([own.removeprefix("razor=")] if own else []) + [details[kind] for kind in seen]
         return "razor=" + ", ".join(what) if what else ""
+
+
+class RazorOutermost(RazorInline):
+    """The model itself."""
+
+    is_model = True
 
 
 # A function, as the class that is extended may have methods of any name.
