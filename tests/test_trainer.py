@@ -260,7 +260,7 @@ def test_bf16_on_a_cpu(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_torch_compile(name: str, tmp_path: Path) -> None:
-    """The same losses and, up to rounding, weights; with no more breaks of the graph than there are razor modules."""
+    """The same losses and, up to rounding, weights; with no break of the graph at razor modules."""
     runs = {}
     for compiled in (False, True):
         model = fresh(name, RazorConfig(), dropout=0.0)
@@ -271,8 +271,7 @@ def test_torch_compile(name: str, tmp_path: Path) -> None:
         trainer.train()
         runs[compiled] = trainer
     breaks = torch._dynamo.utils.counters["graph_break"]
-    own = sum(count for reason, count in breaks.items() if "razor modules share packed tensors" in reason)
-    assert 0 < own <= sum(isinstance(module, RazorModule) for module in model.modules())
+    assert not [reason for reason in breaks if "razor" in reason]
     assert losses(runs[True]) == pytest.approx(losses(runs[False]), rel=1e-4)
     expected = runs[False].model.state_dict()
     for key, value in runs[True].model.state_dict().items():
