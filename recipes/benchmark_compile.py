@@ -30,8 +30,8 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
-from utils import machine
 
+from benchmark_speed import machine
 from hf_backrazor import RazorConfig, get_razor_model, measure_saved_bytes
 
 HIDDEN, HEADS, INNER, LAYERS, VOCABULARY = 256, 4, 1024, 2, 4000
