@@ -85,7 +85,8 @@ class RazorModel(Extension):
         try:
             output = super().__call__(*args, **kwargs)
         finally:
-            head.razor_leaves_out = False
+            # Where the compiler has broken its graph in the model, nobody has asked what logits came from.
+            head.razor_leaves_out, head.razor_traced = False, None
         return head.with_logits(output)
 
     @torch.compiler.disable

@@ -152,6 +152,40 @@ def test_masks_with_holes() -> None:
 
 
 @pytest.mark.slow
+def test_changes_in_place_are_seen() -> None:
+    """What is known of a tensor does not hold after it was written to, in a graph either."""
+
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.first, self.second = nn.LayerNorm(64), nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(self.first(x))
+            y += torch.sin(x)
+            y.view(-1, 64)[::2].mul_(3)
+            return self.second(F.relu(self.first(y), inplace=True))
+
+    plain, x = InPlace().train(), torch.randn(4, 16, 64)
+    razor = get_razor_model(copy.deepcopy(plain), RazorConfig.preset("lossless"))
+    expected = torch.autograd.grad(plain(x).square().sum(), list(plain.parameters()))
+    found = torch.autograd.grad(one_graph(razor)(x).square().sum(), list(razor.parameters()))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_autocast() -> None:
+    model, batch = prepared("bert")
+    compiled = one_graph(get_razor_model(model, RazorConfig(min_numel=0)))
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = compiled_gradients(compiled, batch), gradients(model, batch)
+        saved, eager = (measure_saved_bytes(each, **batch).total for each in (compiled, model))
+    assert_same(found, expected, rtol=0.02, atol=1e-3)
+    assert saved <= 1.1 * eager
+
+
+@pytest.mark.slow
 def test_every_slice_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "SLICE_NUMEL", {"cpu": 8 * 96})
     model, batch = prepared("llama")

@@ -15,6 +15,7 @@ from .differentiation import is_wanted, restored, saved_parts, twice_differentia
 from .layouts import ColumnAffineLayout
 from .precision import accumulate_dtype, compute_dtype
 from .sharing import pack_shared
+from .traced import cast_again
 
 
 def linear(
@@ -81,7 +82,8 @@ class _Linear(torch.autograd.Function):
         grad_input = grad_weight = grad_bias = grad_sum = None
         grad_rows = grad_output.reshape(-1, grad_output.shape[-1])
         if ctx.needs_input_grad[0]:
-            compute = weight.to(grad_output.dtype)
+            cast = is_traced() and weight.dtype != grad_output.dtype
+            compute = cast_again(weight, grad_output.dtype) if cast else weight.to(grad_output.dtype)
             grad_input = grad_rows @ (compute.t() if ctx.transposed else compute)
             grad_input = grad_input.view(ctx.input_shape).to(ctx.input_dtype)
         again = torch.is_grad_enabled()

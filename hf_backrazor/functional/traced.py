@@ -73,3 +73,14 @@ def once_more(x: Tensor) -> Tensor:
 @once_more.register_fake
 def _fake_once_more(x: Tensor) -> Tensor:
     return torch.empty_like(x)
+
+
+@torch.library.custom_op("hf_backrazor::cast_again", mutates_args=())
+def cast_again(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in another dtype. The compiler would save the cast that autocast has made of a weight in the forward."""
+    return x.to(dtype, copy=True)
+
+
+@cast_again.register_fake
+def _fake_cast_again(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x, dtype=dtype)

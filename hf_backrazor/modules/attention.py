@@ -22,7 +22,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from ..compat import TreeSpec, is_fake, traceable, tree_flatten, tree_unflatten
+from ..compat import TreeSpec, is_fake, is_traced, traceable, tree_flatten, tree_unflatten
 from ..config import RazorConfig
 from ..extension import class_cache
 from ..functional import recomputed_attention, sparse_attention
@@ -112,10 +112,13 @@ class Scores:
     def are_sharp(self, query: Tensor, key: Tensor, kwargs: Mapping[str, Any]) -> bool:
         """Whether they differ too much for q and k in 4 bits; the host waits for the answer, once."""
         if self.deviation is None:
-            if is_fake(query) or query.is_meta:
-                return False
             scaling = kwargs.get("scaling")
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            if is_traced():
+                # Of values that nobody has looked at: as if they were those of a norm.
+                return scaling * query.shape[-1] ** 0.5 > self.SHARP
+            if is_fake(query) or query.is_meta:
+                return False
             # What all keys have in common changes no probability.
             q, k = query.detach().float(), key.detach().float()
             squares = q.square().mean() * (k - k.mean(-2, keepdim=True)).square().mean() * query.shape[-1]

@@ -129,8 +129,9 @@ class RazorRecomputed(RazorModule):
                 # Caches are for no graph, and not filled by what is computed again.
                 given = (None if is_cache(x) else x for x in args)
                 estimate(self, *given, **{name: x for name, x in kwargs.items() if not is_cache(x)})
-                # The compiler reads the forward of a module that is not computed again.
-                if decision.estimated is None or not decision.estimated.again:
+                # The compiler reads the forward of a module that is not computed again. Where it ran the estimate on no
+                # fake tensors, nothing is known: it breaks its graph, and the module is looked at.
+                if decision.estimated is not None and not decision.estimated.again:
                     return extended.forward(self, *args, **kwargs)
             if not self.training or decision.again is False:
                 return extended.forward(self, *args, **kwargs)
