@@ -47,11 +47,8 @@ class RazorModel(Extension):
         if not isinstance(plain, property) or (loss_of := plain.fget) is None:
             return {}
 
-        def head_of(model: Any) -> RazorLMHead | None:
-            if not (torch.compiler.is_dynamo_compiling() and model.training):
-                return None
-            head = model.get_output_embeddings()
-            return head if isinstance(head, RazorLMHead) else None
+        def head_of(model: nn.Module) -> RazorLMHead | None:
+            return _head(model) if torch.compiler.is_dynamo_compiling() and model.training else None
 
         @traceable
         def loss(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -101,9 +98,8 @@ class RazorModel(Extension):
             del self._razor_unwatched
             if not has_hooks_inside(self):
                 self._look(forward, args, kwargs)
-        head = self.get_output_embeddings() if hasattr(self, "get_output_embeddings") else None
-        lazy = isinstance(head, RazorLMHead) and head.razor_enabled and not leaves_after_forward(head)
-        return head if lazy else None
+        head = _head(self)
+        return None if head is None or not head.razor_enabled or leaves_after_forward(head) else head
 
     def _look(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run the forward once without the compiler, and leave no trace.
@@ -273,6 +269,12 @@ def get_razor_model(model: Model, config: RazorConfig | None = None) -> Model:
     untyped._razor_unwatched = True
     untyped._razor_kinds = _kinds(model)
     return model
+
+
+def _head(model: Any) -> RazorLMHead | None:
+    """The head of a language model whose logits are lazy tensors."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return head if isinstance(head, RazorLMHead) else None
 
 
 def _kinds(model: nn.Module) -> int:

@@ -31,7 +31,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from benchmark_speed import machine
+from benchmark_speed import machine, ratios_of_turns
 from hf_backrazor import RazorConfig, get_razor_model, measure_saved_bytes
 
 HIDDEN, HEADS, INNER, LAYERS, VOCABULARY = 256, 4, 1024, 2, 4000
@@ -96,7 +96,7 @@ def row(name: str, lora: bool, backend: str, turns: int) -> list[str]:
                 times[variant].append(taken)
     saved = [measure_saved_bytes(models[each], **batch).total for each in ("dense", "razor", "razor compiled")]
     ratios = [
-        statistics.median(a / b for a, b in zip(times[variant], times["dense"], strict=True))
+        statistics.median(ratios_of_turns(times[variant], times["dense"]))
         for variant in ("dense compiled", "razor", "razor compiled")
     ]
     return [

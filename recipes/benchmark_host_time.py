@@ -31,7 +31,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from benchmark_speed import DENSE, machine
+from benchmark_speed import DENSE, machine, ratios_of_turns
 from hf_backrazor import RazorConfig, get_razor_model
 
 BATCH, LENGTH, HIDDEN = 2, 16, 64
@@ -116,7 +116,7 @@ def main() -> None:
         times = microseconds(name, args.compile, args.turns)
         gc.collect()
         ratios = [
-            statistics.median(a / b for a, b in zip(each, times[DENSE], strict=True))
+            statistics.median(ratios_of_turns(each, times[DENSE]))
             for variant, each in times.items()
             if variant != DENSE
         ]

@@ -84,11 +84,16 @@ def measure(workload: str, variants: list[str], turns: int, device: str) -> dict
     return {variant: training.seconds[1:] for variant, training in trainings.items()}
 
 
+def ratios_of_turns(times: list[float], reference: list[float]) -> list[float]:
+    """Times of a variant relative to those of another in the same turn, as the machine's pace changes over turns."""
+    return [a / b for a, b in zip(times, reference, strict=True)]
+
+
 def table(seconds: dict[str, list[float]]) -> str:
     """A Markdown table for one workload."""
     lines = ["| | median seconds | median ratio to dense | from | to |", "|---|---|---|---|---|"]
     for variant, each in seconds.items():
-        ratios = [a / b for a, b in zip(each, seconds[DENSE], strict=True)]
+        ratios = ratios_of_turns(each, seconds[DENSE])
         low, *_, high = statistics.quantiles(ratios, n=10, method="inclusive")
         middle = statistics.median(ratios)
         lines.append(f"| {variant} | {statistics.median(each):.2f} | {middle:.3f} | {low:.3f} | {high:.3f} |")

@@ -58,6 +58,7 @@ class Calls:
     def count(self) -> None:
         """Count a forward that was watched."""
         self.forwards += 1
+        # Kept, as the compiler would compile again for every other number of forwards.
         self.seen_nothing = not self.kinds
 
     def rest(self) -> bool:
